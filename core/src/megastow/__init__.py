@@ -1,0 +1,52 @@
+"""megastow: stow a Megatron trainer's GPU memory in host memory between phases, and bring it back bit for bit."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from megastow.errors import (
+    AdapterSelectionError,
+    DeviceMemoryError,
+    HostMemoryError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    ManagerClosedError,
+    MegastowError,
+    OffloadedError,
+    StateChangedError,
+    TransferError,
+    UnsupportedLayoutError,
+    UnsupportedTensorError,
+)
+from megastow.manager import MemoryManager, create_memory_manager, create_trainer_memory_manager
+from megastow.megatron import MegatronInfo, detect_megatron
+from megastow.report import KindReport, MemoryFigures, TransferReport
+from megastow.state import Residency, StateKind
+
+try:
+    __version__ = version("megastow")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AdapterSelectionError",
+    "DeviceMemoryError",
+    "HostMemoryError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "KindReport",
+    "ManagerClosedError",
+    "MegastowError",
+    "MegatronInfo",
+    "MemoryFigures",
+    "MemoryManager",
+    "OffloadedError",
+    "Residency",
+    "StateChangedError",
+    "StateKind",
+    "TransferError",
+    "TransferReport",
+    "UnsupportedLayoutError",
+    "UnsupportedTensorError",
+    "create_memory_manager",
+    "create_trainer_memory_manager",
+    "detect_megatron",
+]

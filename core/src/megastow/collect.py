@@ -1,0 +1,113 @@
+"""Filling an inventory from the things that every trainer has: modules, torch optimizers, gradients.
+
+Shared by the adapters, so that each of them only says what is special about its Megatron generation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from megastow.errors import InvalidArgumentError
+from megastow.state import Inventory, StateKind, TensorGroup
+
+_OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def find_device(modules: Sequence[torch.nn.Module]) -> torch.device:
+    """The one device that holds all parameters.
+
+    Raises:
+        InvalidArgumentError: there are no parameters, some are not made yet, or they are spread over devices.
+    """
+    devices: Counter[torch.device] = Counter()
+    for name, parameter in named_parameters(modules):
+        if torch.nn.parameter.is_lazy(parameter):
+            raise InvalidArgumentError(
+                f"parameter {name} is not initialised yet (a lazy module); run a forward pass before creating a manager"
+            )
+        devices[parameter.device] += 1
+    if not devices:
+        raise InvalidArgumentError("the model has no parameters, so there is nothing to manage")
+    if len(devices) > 1:
+        found = ", ".join(f"{count} on {device}" for device, count in devices.items())
+        raise InvalidArgumentError(
+            f"the parameters are on several devices ({found}); expected all of a manager's parameters on one. "
+            "Create one manager for the modules on each device, or move the model to one device first"
+        )
+    return next(iter(devices))
+
+
+def named_parameters(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of all chunks, each once, with the chunk in front of the name if there are several."""
+    for index, module in enumerate(modules):
+        prefix = f"chunk{index}" if len(modules) > 1 else ""
+        yield from module.named_parameters(prefix=prefix)
+
+
+def add_modules(inventory: Inventory, modules: Sequence[torch.nn.Module]) -> None:
+    """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies)."""
+    group = inventory.group(StateKind.WEIGHTS, "parameters, buffers and tensor attributes of the modules")
+    for index, root in enumerate(modules):
+        prefix = f"chunk{index}" if len(modules) > 1 else ""
+        for path, module in root.named_modules(prefix=prefix):
+            attributes = vars(module)
+            for table in ("_parameters", "_buffers"):
+                for name, tensor in attributes[table].items():
+                    group.add(f"{path}.{name}" if path else name, tensor)
+            add_attributes(group, path, module, skip=_OWN_TABLES)
+
+
+def add_attributes(group: TensorGroup, path: str, owner: object, *, skip: frozenset[str] = frozenset()) -> None:
+    """The tensors among the plain attributes of an object; what its owner has emptied itself is passed over."""
+    for name, value in vars(owner).items():
+        if isinstance(value, torch.Tensor) and name not in skip and _has_bytes(value):
+            group.add(f"{path}.{name}" if path else name, value)
+
+
+def add_main_weights(group: TensorGroup, optimizer: torch.optim.Optimizer) -> None:
+    """What a torch optimizer steps on. Where that is a parameter of the model, it moves with the weights."""
+    for number, param_group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(param_group["params"]):
+            group.add(f"param_groups[{number}][{index}]", parameter)
+
+
+def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer) -> None:
+    """Everything that a torch optimizer keeps: per parameter, and in its parameter groups (a capturable `lr`).
+
+    `step` counters that torch keeps on the host are bookkeeping, not device state, also where the device is the CPU.
+    """
+    for index, state in enumerate(optimizer.state.values()):
+        on_device = {key: value for key, value in state.items() if key != "step" or not _is_on_host(value)}
+        _add_nested(group, f"state[{index}]", on_device)
+    for number, param_group in enumerate(optimizer.param_groups):
+        others = {key: value for key, value in param_group.items() if key != "params"}
+        _add_nested(group, f"param_groups[{number}]", others)
+
+
+def add_grads(group: TensorGroup, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """The `.grad` of tensors."""
+    for name, tensor in named:
+        if tensor.is_leaf or tensor.retains_grad:
+            group.add(f"{name}.grad", tensor.grad)
+
+
+def _has_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > 0
+
+
+def _is_on_host(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+
+
+def _add_nested(group: TensorGroup, name: str, value: object) -> None:
+    if isinstance(value, torch.Tensor):
+        group.add(name, value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _add_nested(group, f"{name}[{key!r}]" if isinstance(key, str) else f"{name}[{len(name)}]", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _add_nested(group, f"{name}[{index}]", item)

@@ -1,0 +1,229 @@
+"""The accelerator behind torch: memory figures, streams, page-locking. CUDA, and the CPU for development.
+
+All that differs between the two lives here, so that no other module asks which it is. On the CPU backend "device"
+memory is ordinary memory: storages are released and filled all the same, and whoever touches one while it is away
+crashes, which makes it a fair place to test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from megastow import machine
+from megastow.errors import HostMemoryError, InvalidArgumentError
+from megastow.report import MemoryFigures, format_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Stopwatch(ABC):
+    """Seconds between two moments on the copy stream."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Mark the end. On CUDA it is marked on the stream and comes to pass later."""
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """Seconds between start and stop; valid once the copies have been waited for."""
+
+
+class Device(ABC):
+    """One accelerator. Methods synchronise with the device only where they say so."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait for all work on every stream of the device; errors of earlier work surface here."""
+
+    @abstractmethod
+    def memory(self) -> MemoryFigures:
+        """Memory in use now."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Device memory that an allocation could get now, torch's own caches included; None if unknown."""
+
+    @abstractmethod
+    def release_cached(self) -> None:
+        """Give memory that torch caches back to the driver."""
+
+    @abstractmethod
+    def copying(self) -> contextlib.AbstractContextManager[object]:
+        """Queue copies on the copy stream for the length of the context."""
+
+    @abstractmethod
+    def confirm(self) -> None:
+        """Wait until every copy queued within `copying` has arrived."""
+
+    @abstractmethod
+    def stopwatch(self) -> Stopwatch:
+        """Start timing on the copy stream; call within `copying`."""
+
+    @abstractmethod
+    def lock_pages(self, address: int, nbytes: int) -> None:
+        """Page-lock host memory for direct copies.
+
+        Raises:
+            HostMemoryError: the driver refused.
+        """
+
+    @abstractmethod
+    def unlock_pages(self, address: int) -> None:
+        """Undo `lock_pages`."""
+
+    @abstractmethod
+    def numa_node(self) -> int | None:
+        """The NUMA node nearest to the device; None if unknown."""
+
+
+class _WallStopwatch(Stopwatch):
+    def __init__(self) -> None:
+        self._start = self._end = time.perf_counter()
+
+    def stop(self) -> None:
+        self._end = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._end - self._start
+
+
+class CpuDevice(Device):
+    """The CPU standing in for an accelerator: copies are synchronous, nothing is page-locked."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory(self) -> MemoryFigures:
+        return MemoryFigures(None, None, machine.resident_bytes())
+
+    def free_bytes(self) -> int | None:
+        return machine.host_limits().available_bytes
+
+    def release_cached(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+    def confirm(self) -> None:
+        pass
+
+    def stopwatch(self) -> Stopwatch:
+        return _WallStopwatch()
+
+    def lock_pages(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unlock_pages(self, address: int) -> None:
+        pass
+
+    def numa_node(self) -> int | None:
+        return None
+
+
+class _EventStopwatch(Stopwatch):
+    def __init__(self) -> None:
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._start.record()
+
+    def stop(self) -> None:
+        self._end.record()
+
+    def seconds(self) -> float:
+        return float(self._start.elapsed_time(self._end)) / 1e3
+
+
+class CudaDevice(Device):
+    """A CUDA device, with one copy stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def memory(self) -> MemoryFigures:
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return MemoryFigures(
+            torch.cuda.memory_allocated(self.torch_device),
+            torch.cuda.memory_reserved(self.torch_device),
+            total - free,
+        )
+
+    def free_bytes(self) -> int | None:
+        free, _total = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return free + cached
+
+    def release_cached(self) -> None:
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        # The copy stream starts where the caller's stream is: a block that was handed out there a moment ago may
+        # still be in use by work queued earlier.
+        self._stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            yield
+
+    def confirm(self) -> None:
+        self._stream.synchronize()
+
+    def stopwatch(self) -> Stopwatch:
+        return _EventStopwatch()
+
+    def lock_pages(self, address: int, nbytes: int) -> None:
+        with torch.cuda.device(self.torch_device):
+            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _HOST_REGISTER_PORTABLE))
+        if code:
+            limit = machine.host_limits().memlock_bytes
+            raise HostMemoryError(
+                f"page-locking {format_bytes(nbytes)} of host memory failed with CUDA error {code} "
+                f"({torch.cuda.cudart().cudaGetErrorString(torch.cuda.cudart().cudaError(code))}); nothing was moved. "
+                f"The memlock limit is {format_bytes(limit) if limit is not None else 'unlimited'}: raise it "
+                "(`ulimit -l`, or --ulimit memlock=-1 for a container), or leave more host memory to this process"
+            )
+
+    def unlock_pages(self, address: int) -> None:
+        code = int(torch.cuda.cudart().cudaHostUnregister(address))
+        if code:
+            logger.warning("unlocking host memory at %#x failed with CUDA error %d", address, code)
+
+    def numa_node(self) -> int | None:
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        parts = [getattr(properties, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+        if any(part is None for part in parts):
+            return None
+        domain, bus, slot = parts
+        return machine.pci_numa_node(f"{domain:04x}:{bus:02x}:{slot:02x}.0")
+
+
+_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
+
+
+def device_for(device: torch.device) -> Device:
+    """The backend for a torch device.
+
+    Raises:
+        InvalidArgumentError: neither a CUDA device nor the CPU.
+    """
+    if device.type == "cuda":
+        return CudaDevice(device)
+    if device.type == "cpu":
+        return CpuDevice(device)
+    raise InvalidArgumentError(
+        f"the parameters are on {device}; megastow moves memory of CUDA devices (and of the CPU, for development)"
+    )

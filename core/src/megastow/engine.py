@@ -1,0 +1,390 @@
+"""A move is a transaction: plan, reserve, copy, confirm, release - or nothing happened.
+
+[Note: what is true at which moment]
+The bytes of a storage are in one of two places, and a `Parked` entry is the record of it. An entry is written before
+the first storage of an offload is released, and deleted after the last copy of an onload has been confirmed. While it
+exists, the host copy is complete and is the truth; refilling from it is right any number of times, whatever has become
+of the device side. While it does not exist, the device side is the truth. So an interruption at any instruction leaves
+a state from which the same call, or its opposite, goes on.
+
+What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail; once the
+first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megastow import faults
+from megastow.device import Device, Stopwatch
+from megastow.errors import DeviceMemoryError, MegastowError, StateChangedError, TransferError
+from megastow.flat import FlatTensors
+from megastow.host import HostArena, align_up
+from megastow.report import KindReport, format_bytes
+from megastow.state import Inventory, Residency, StateKind
+from megastow.storages import StorageRecord, belongs_to, byte_view, find_storages, storage_id
+from megastow.transport import HostSlice, Transport
+
+DEFAULT_BUCKET_BYTES = 512 << 20
+
+
+@dataclass
+class Parked:
+    """A storage whose bytes are in host memory. See [Note: what is true at which moment].
+
+    Attributes:
+        storage: the released storage; it has zero bytes, and every tensor on it still points at it.
+        nbytes: what it had, and gets back.
+        kind: the kind it moves with.
+        names: what the inventory called the tensors on it.
+        host: its bytes, or None if they were not kept and it comes back as zeros.
+        released: whether the device side was (or was about to be) given up.
+    """
+
+    storage: torch.UntypedStorage
+    nbytes: int
+    kind: StateKind
+    names: tuple[str, ...]
+    host: HostSlice | None
+    released: bool = False
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether no tensor is left on the storage and nobody else holds it, so that nobody would miss it."""
+        return belongs_to(self, 0)
+
+
+class Engine:
+    """Moves kinds between one device and host memory. Not thread-safe; the manager serialises calls."""
+
+    def __init__(self, device: Device, *, bucket_bytes: int, chunk_bytes: int) -> None:
+        self._device = device
+        self._arena = HostArena(device)
+        self._transport = Transport(device, chunk_bytes)
+        self._flat = FlatTensors(device, bucket_bytes)
+        self._parked: dict[StateKind, list[Parked]] = {}
+        self._moving: dict[StateKind, Residency] = {}
+
+    # --- questions -----------------------------------------------------------------------------------------------
+
+    def residency(self, kind: StateKind) -> Residency:
+        """Where the bytes of `kind` are at this moment."""
+        settled = Residency.OFFLOADED if kind in self._parked else Residency.RESIDENT
+        return self._moving.get(kind, settled)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory held for copies, in use or ready."""
+        return self._arena.nbytes
+
+    def find(self, inventory: Inventory, kinds: Collection[StateKind]) -> list[StorageRecord]:
+        """The storages of `kinds` on the device; raises for what could not be moved."""
+        away = {storage_id(p.storage) for entries in self._parked.values() for p in entries}
+        return find_storages(inventory, kinds, away)
+
+    # --- moves ---------------------------------------------------------------------------------------------------
+
+    def needed(self, inventory: Inventory, kinds: Collection[StateKind]) -> dict[StateKind, int]:
+        """Host bytes that an offload would keep now, for those of `kinds` that are here and keep something.
+
+        Right for the inventory as it is now; what changes until the offload is made up for then.
+        """
+        here = [kind for kind in kinds if kind not in self._parked]
+        return _host_sizes(self.find(inventory, here), keep_grads=False)
+
+    def reserve(self, sizes: Mapping[StateKind, int]) -> int:
+        """Make host memory ready for the next offload; returns the bytes now held.
+
+        Holds no tensor and looks at none, so it may run in a thread beside training and beside an onload.
+
+        Args:
+            sizes: what `needed` found; none of these kinds may be offloaded before this has returned.
+
+        Raises:
+            HostMemoryError: the host cannot give that much.
+        """
+        for kind, nbytes in sizes.items():
+            self._arena.reserve(kind, nbytes)
+        return self._arena.nbytes
+
+    def offload(
+        self, inventory: Callable[[], Inventory], kinds: Sequence[StateKind], *, keep_grads: bool
+    ) -> dict[StateKind, KindReport]:
+        """Move `kinds` to the host and release their device memory.
+
+        Synchronises with the device before and after. Extra device memory: at most one bucket, while small storages
+        are packed for the first time.
+
+        Args:
+            inventory: makes the inventory; called anew after packing, which changes what lies where.
+            kinds: what to move; kinds that are away already are passed over.
+            keep_grads: copy gradient buffers too.
+
+        Raises:
+            MegastowError: the move could not be made; everything is on the device as before.
+        """
+        moving = [k for k in kinds if k not in self._parked]
+        reports = {k: KindReport(k, moved=False) for k in kinds}
+        if not moving:
+            return reports
+        with self._during("offload", moving, Residency.OFFLOADING):
+            self._device.synchronize()
+            records = self.find(inventory(), moving)
+            self._arena.check(_host_sizes(records, keep_grads))
+            if self._flat.pack(records):
+                self._device.synchronize()
+            del records  # they hold storages
+            clock = _KindClock()
+            plans = self._plan(self.find(inventory(), moving), moving, keep_grads, clock)
+            self._copy_out(plans, clock)
+            self._release(plans, clock)
+            for kind, entries in plans.items():
+                reports[kind] = _report(kind, entries, clock.seconds[kind])
+        return reports
+
+    def onload(self, kinds: Sequence[StateKind]) -> tuple[dict[StateKind, KindReport], list[str]]:
+        """Bring `kinds` back to the device; needs device memory for exactly what was released.
+
+        Synchronises with the device before and after.
+
+        Returns:
+            A report for each kind, and notes.
+
+        Raises:
+            DeviceMemoryError: the device has not enough free memory; everything is in host memory as before.
+            MegastowError: the move could not be made; everything is in host memory as before.
+        """
+        moving = [k for k in kinds if k in self._parked]
+        reports = {k: KindReport(k, moved=False) for k in kinds}
+        notes: list[str] = []
+        if not moving:
+            return reports, notes
+        with self._during("onload", moving, Residency.ONLOADING):
+            for kind in moving:
+                orphans = [p for p in self._parked[kind] if p.is_orphan]
+                if orphans:
+                    notes.append(f"{len(orphans)} storages of {kind} were dropped by their owners while away")
+                    self._parked[kind] = [p for p in self._parked[kind] if not p.is_orphan]
+            self._device.synchronize()
+            clock = _KindClock()
+            entries = {kind: self._parked[kind] for kind in moving}
+            self._refill(entries, clock)
+            for kind in moving:
+                reports[kind] = _report(kind, entries[kind], clock.seconds[kind])
+                del self._parked[kind]
+        return reports, notes
+
+    def close(self) -> None:
+        """Give host memory back. What is parked is lost: tensors on it stay empty, and its kinds stay offloaded."""
+        self._parked = {kind: [] for kind in self._parked}
+        self._arena.close()
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _during(self, move: str, kinds: Sequence[StateKind], residency: Residency) -> Iterator[None]:
+        """Show `residency` while a move is under way, and turn a foreign error into one of ours.
+
+        The caller may be in inference mode (a rollout often is). A move is not: what is made or re-pointed in it would
+        become inference tensors, which training refuses.
+        """
+        try:
+            self._moving.update(dict.fromkeys(kinds, residency))
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        except MegastowError:
+            raise
+        except Exception as error:
+            where = "in host memory" if any(k in self._parked for k in kinds) else "on the device"
+            raise TransferError(
+                f"{move} of {', '.join(kinds)} failed: {type(error).__name__}: {error}. "
+                f"All of it is {where}, and the call can be made again"
+            ) from error
+        finally:
+            self._moving.clear()
+
+    def _plan(
+        self, records: Sequence[StorageRecord], kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock
+    ) -> dict[StateKind, list[Parked]]:
+        """Give every storage that is kept a place in host memory."""
+        plans: dict[StateKind, list[Parked]] = {}
+        for kind in kinds:
+            with clock.running(kind):
+                plans[kind] = [Parked(r.storage, r.nbytes, kind, r.names, None) for r in records if r.kind is kind]
+                kept = [r.keep or keep_grads for r in records if r.kind is kind]
+                nbytes = sum(align_up(p.nbytes) for p, keep in zip(plans[kind], kept, strict=True) if keep)
+                if not nbytes:
+                    continue
+                region = self._arena.reserve(kind, nbytes)
+                offset = 0
+                for parked, keep in zip(plans[kind], kept, strict=True):
+                    if keep:
+                        parked.host = HostSlice(region, offset, parked.nbytes)
+                        offset += align_up(parked.nbytes)
+        return plans
+
+    def _copy_out(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
+        """Copy everything that is kept, and wait until it has arrived."""
+        try:
+            with self._device.copying():
+                for kind, entries in plans.items():
+                    with clock.copying(kind, self._device):
+                        for parked in entries:
+                            if parked.host is not None:
+                                self._transport.copy_out(parked.storage, parked.host)
+            faults.point("offload.confirm")
+            self._device.confirm()
+        except BaseException:
+            self._settle()
+            raise
+
+    def _release(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
+        """Give up the device side; undone if interrupted, until the first byte goes that was not kept."""
+        try:
+            self._parked.update(plans)
+            for kind, entries in plans.items():
+                with clock.running(kind):
+                    for parked in entries:
+                        if parked.host is not None:
+                            faults.point("offload.release")
+                            parked.released = True
+                            parked.storage.resize_(0)
+            faults.point("offload.drop")
+        except BaseException:
+            self._refill(plans, _KindClock())
+            for kind in plans:
+                self._parked.pop(kind, None)
+            raise
+        try:
+            self._drop(plans, clock)
+        except BaseException:  # no way back; half dropped would be neither the old gradients nor zeros
+            self._drop(plans, _KindClock())
+            raise
+        self._device.release_cached()
+
+    @staticmethod
+    def _drop(plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
+        """Release what was not kept. Doing it again is fine."""
+        for kind, entries in plans.items():
+            with clock.running(kind):
+                for parked in entries:
+                    if parked.host is None:
+                        parked.released = True
+                        parked.storage.resize_(0)
+
+    def _refill(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
+        """Take device memory for everything that was released, and fill it; all of it or nothing."""
+        for entries in plans.values():
+            for parked in entries:
+                self._check_untouched(parked)
+        needed = sum(p.nbytes for entries in plans.values() for p in entries if p.released)
+        free = self._device.free_bytes()
+        if free is not None and needed > free:
+            raise _no_device_memory(plans, needed, free)
+        taken: list[Parked] = []
+        try:
+            for kind, entries in plans.items():
+                with clock.running(kind):
+                    for parked in entries:
+                        if parked.released:
+                            faults.point("onload.reserve")
+                            taken.append(parked)
+                            parked.storage.resize_(parked.nbytes)
+            with self._device.copying():
+                for kind, entries in plans.items():
+                    with clock.copying(kind, self._device):
+                        for parked in entries:
+                            if not parked.released:
+                                continue
+                            if parked.host is None:
+                                byte_view(parked.storage).zero_()
+                            else:
+                                self._transport.copy_in(parked.host, parked.storage)
+            faults.point("onload.confirm")
+            self._device.confirm()
+        except BaseException as error:
+            self._settle()
+            for parked in taken:
+                parked.storage.resize_(0)
+            self._device.release_cached()
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise _no_device_memory(plans, needed, self._device.free_bytes()) from error
+            raise
+        for parked in taken:
+            parked.released = False
+
+    def _settle(self) -> None:
+        """Wait for copies of a failed move, so that nothing writes any more; what failed them is known already."""
+        with contextlib.suppress(Exception):
+            self._device.confirm()
+
+    @staticmethod
+    def _check_untouched(parked: Parked) -> None:
+        found = parked.storage.nbytes()
+        if parked.released and found not in (0, parked.nbytes):
+            raise StateChangedError(
+                f"the storage of {parked.names[0]} ({parked.kind}) was released with {parked.nbytes} bytes to come "
+                f"back, and now has {found}: something resized it while it was away. Its bytes are safe in host "
+                "memory; resize it to 0 again and repeat the call"
+            )
+
+
+class _KindClock:
+    """Seconds that each kind's part of a move took, on the host and on the copy stream."""
+
+    def __init__(self) -> None:
+        self._host: dict[StateKind, float] = {}
+        self._watches: dict[StateKind, Stopwatch] = {}
+
+    @contextlib.contextmanager
+    def running(self, kind: StateKind) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._host[kind] = self._host.get(kind, 0.0) + time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def copying(self, kind: StateKind, device: Device) -> Iterator[None]:
+        self._watches[kind] = device.stopwatch()
+        yield
+        self._watches[kind].stop()
+
+    @property
+    def seconds(self) -> dict[StateKind, float]:
+        """Valid once the copies have been confirmed."""
+        copies = {kind: watch.seconds() for kind, watch in self._watches.items()}
+        return {k: self._host.get(k, 0.0) + copies.get(k, 0.0) for k in {*self._host, *copies}}
+
+
+def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool) -> dict[StateKind, int]:
+    """Host bytes for the storages that are kept, by kind."""
+    sizes: dict[StateKind, int] = {}
+    for record in records:
+        if record.keep or keep_grads:
+            sizes[record.kind] = sizes.get(record.kind, 0) + align_up(record.nbytes)
+    return sizes
+
+
+def _report(kind: StateKind, entries: Sequence[Parked], seconds: float) -> KindReport:
+    return KindReport(
+        kind,
+        moved=True,
+        num_tensors=sum(len(p.names) for p in entries),
+        device_bytes=sum(p.nbytes for p in entries),
+        host_bytes=sum(align_up(p.nbytes) for p in entries if p.host is not None),
+        seconds=seconds,
+    )
+
+
+def _no_device_memory(plans: Mapping[StateKind, object], needed: int, free: int | None) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"bringing back {', '.join(plans)} needs {format_bytes(needed)} of device memory, but "
+        f"{format_bytes(free)} are free: somebody else still holds the device. Everything is safe in host memory; "
+        "free device memory, then onload",
+        needed_bytes=needed,
+        free_bytes=free,
+    )

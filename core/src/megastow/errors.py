@@ -1,0 +1,74 @@
+"""Every error that megastow raises on purpose, in one hierarchy.
+
+A message says what was found, what was expected and what to do next. Catch `MegastowError` to catch them all; the
+branches below it also derive from the built-in exception that a caller would expect (`ValueError`, `TypeError`,
+`MemoryError`), so that code which does not know megastow still handles them sensibly. Broken assumptions of megastow
+itself are `assert` statements, not errors.
+"""
+
+
+class MegastowError(Exception):
+    """Base of all errors of megastow."""
+
+
+# --- what the caller handed in -------------------------------------------------------------------------------------
+
+
+class InvalidArgumentError(MegastowError, ValueError):
+    """An argument has a value that megastow cannot work with: an unknown kind, an impossible size."""
+
+
+class InvalidTypeError(MegastowError, TypeError):
+    """An argument has a type that megastow cannot work with: not a module, not a known optimizer."""
+
+
+class UnsupportedLayoutError(MegastowError, ValueError):
+    """The model or optimizer keeps its memory in a way that megastow does not understand, and therefore refuses."""
+
+
+class UnsupportedTensorError(UnsupportedLayoutError):
+    """One tensor cannot be moved: its storage cannot be resized, or its inner tensors are unknown."""
+
+
+class AdapterSelectionError(MegastowError, LookupError):
+    """Not exactly one adapter accepts the model and the optimizer; the message lists each adapter's reasons."""
+
+
+# --- what the manager is in the middle of ----------------------------------------------------------------------------
+
+
+class ManagerClosedError(MegastowError, RuntimeError):
+    """The manager was closed; a closed manager holds no memory and moves nothing."""
+
+
+class OffloadedError(MegastowError, RuntimeError):
+    """Something was used whose bytes are not on the device at present."""
+
+
+class StateChangedError(MegastowError, RuntimeError):
+    """State that was away is no longer what it was: somebody resized a released storage behind the manager's back."""
+
+
+# --- a move that could not be made -----------------------------------------------------------------------------------
+
+
+class TransferError(MegastowError, RuntimeError):
+    """A move failed and was undone; the cause is chained, and the same call can be made again."""
+
+
+class HostMemoryError(TransferError, MemoryError):
+    """Host memory does not suffice for what an offload has to keep, or could not be page-locked."""
+
+
+class DeviceMemoryError(TransferError, MemoryError):
+    """Device memory does not suffice for what an onload has to bring back.
+
+    Attributes:
+        needed_bytes: device memory that the onload asked for.
+        free_bytes: device memory that the driver reported as free, or None where it cannot tell.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int, free_bytes: int | None) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes

@@ -1,0 +1,223 @@
+"""Host memory for what is offloaded: exact size, huge pages, near the device, page-locked once, kept for reuse.
+
+torch's own page-locked blocks are rounded up to a power of two and locked page by page as they are first touched. Here
+a region is anonymous memory of exactly the pages needed, advised to use huge pages, touched by several threads that run
+on the device's NUMA node, and then page-locked in pieces. It lives as long as its manager and serves every cycle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from megastow import faults, machine
+from megastow.device import Device
+from megastow.errors import HostMemoryError
+from megastow.report import format_bytes
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT_BYTES = 512
+"""Where a unit may start within a region: what torch's CUDA allocator aligns to, so that a copy is never split."""
+
+PIECE_BYTES = 64 << 30
+"""The most that is page-locked at once. No copy may span two pieces: CUDA answers "invalid argument"."""
+
+_TOUCH_BYTES = 256 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it yet
+
+
+def align_up(nbytes: int, unit: int = ALIGNMENT_BYTES) -> int:
+    """`nbytes` rounded up to a multiple of `unit`."""
+    return -(-nbytes // unit) * unit
+
+
+class HostRegion:
+    """One run of host memory, page-locked where the device wants that.
+
+    Attributes:
+        nbytes: usable bytes, a whole number of pages.
+        bytes: uint8 tensor of shape [nbytes] over the memory.
+    """
+
+    def __init__(self, nbytes: int, device: Device, piece_bytes: int = PIECE_BYTES) -> None:
+        """Map, touch and page-lock; takes as long as the kernel needs for that many pages.
+
+        Raises:
+            HostMemoryError: the memory could not be mapped or page-locked; nothing is left behind.
+        """
+        self.nbytes = align_up(nbytes, machine.PAGE_BYTES)
+        self._piece_bytes = align_up(piece_bytes, machine.PAGE_BYTES)
+        faults.point("host.allocate")
+        try:
+            memory = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError, ValueError) as error:
+            raise HostMemoryError(
+                f"{format_bytes(self.nbytes)} of host memory could not be mapped ({error}); nothing was moved. "
+                "Leave more memory to this process, or offload fewer kinds"
+            ) from error
+        memory.madvise(mmap.MADV_DONTFORK)  # a child must neither inherit nor copy page-locked memory
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            logger.debug("this kernel has no transparent huge pages; page-locking will be slower")
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        address = self.bytes.data_ptr()
+        locked: list[int] = []
+        # Nobody unmaps: the tensor holds the mapping, and the kernel gets it back with the last view. Closing the
+        # mapping by hand would succeed under a living view, and the next use of that view would crash.
+        self._finalizer = weakref.finalize(self, _unlock, device, locked, os.getpid())
+        try:
+            _touch(self.bytes, device.numa_node())
+            for start, nbytes in self._pieces(0, self.nbytes):
+                faults.point("host.lock")
+                device.lock_pages(address + start, nbytes)
+                locked.append(address + start)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unlock, and unmap when nobody has a view any more. Not to be used again; calling it twice is fine."""
+        self._finalizer()
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def _pieces(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Cut a run of bytes where separately page-locked pieces meet."""
+        end = offset + nbytes
+        while offset < end:
+            stop = min(end, (offset // self._piece_bytes + 1) * self._piece_bytes)
+            yield offset, stop - offset
+            offset = stop
+
+    def chunks(self, offset: int, nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+        """Cut a run of bytes into copies: at most `chunk_bytes` each, none across two pieces.
+
+        Yields:
+            Offset within the run and number of bytes.
+        """
+        for start, length in self._pieces(offset, nbytes):
+            for inner in range(0, length, chunk_bytes):
+                yield start + inner - offset, min(chunk_bytes, length - inner)
+
+
+class HostArena:
+    """The host memory of one manager: a region for each key, made when first needed and kept.
+
+    A region is replaced when the bytes that its key has to keep have changed, so that what is held is what is needed.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._regions: dict[Hashable, HostRegion] = {}
+        self._lock = threading.Lock()
+
+    def check(self, sizes: Mapping[Any, int]) -> None:
+        """See that `reserve` could give all of these together; changes nothing.
+
+        Raises:
+            HostMemoryError: the machine cannot give that much.
+        """
+        with self._lock:
+            held = {key: region.nbytes for key, region in self._regions.items()}
+        missing = sum(align_up(nbytes, machine.PAGE_BYTES) - held.get(key, 0) for key, nbytes in sizes.items())
+        if missing > 0:
+            check_host_memory(missing)
+
+    def reserve(self, key: Hashable, nbytes: int) -> HostRegion:
+        """The region of `key`, with room for exactly `nbytes` (whole pages).
+
+        The content of a region that has to be replaced is lost: call it only while nothing is kept under the key.
+
+        Raises:
+            HostMemoryError: the machine cannot give that much. What the key held before is gone, other keys are not.
+        """
+        with self._lock:
+            region = self._regions.get(key)
+            if region is not None and region.nbytes == align_up(nbytes, machine.PAGE_BYTES):
+                return region
+            if region is not None:
+                del self._regions[key]
+                region.close()
+            check_host_memory(nbytes)
+            region = self._regions[key] = HostRegion(nbytes, self._device)
+            return region
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held now."""
+        with self._lock:
+            return sum(region.nbytes for region in self._regions.values())
+
+    def close(self) -> None:
+        """Give everything back."""
+        with self._lock:
+            while self._regions:
+                self._regions.popitem()[1].close()
+
+
+def check_host_memory(nbytes: int) -> None:
+    """See that `nbytes` more can be had by this process, and as much by every process of the job on this host.
+
+    The second is held against the machine's whole memory: other ranks may have taken theirs already, and counting
+    them twice would refuse what fits.
+
+    Raises:
+        HostMemoryError: it cannot, with the figures.
+    """
+    limits = machine.host_limits()
+    everyone = nbytes * limits.local_ranks
+    if nbytes <= limits.available_bytes and everyone <= limits.total_bytes:
+        return
+    group = limits.cgroup
+    others = f" and {format_bytes(everyone)} in all {limits.local_ranks} processes of this host"
+    raise HostMemoryError(
+        f"an offload needs {format_bytes(nbytes)} of host memory in this process"
+        + (others if limits.local_ranks > 1 else "")
+        + f", but {format_bytes(limits.available_bytes)} of {format_bytes(limits.total_bytes)} can be had"
+        + (f" (control group {group.path} is limited to {format_bytes(group.limit_bytes)})" if group else "")
+        + "; nothing was moved. Leave more memory to the job, raise the limit, or offload fewer kinds"
+    )
+
+
+def _unlock(device: Device, locked: list[int], pid: int) -> None:
+    while locked and os.getpid() == pid:  # a forked child has neither the memory nor the driver
+        device.unlock_pages(locked.pop())
+
+
+def _touch(memory: torch.Tensor, numa_node: int | None) -> None:
+    """Make the kernel find the pages now, with several threads on the CPUs of `numa_node`."""
+    address, nbytes = memory.data_ptr(), memory.nbytes
+    allowed = machine.usable_cpus()
+    near = machine.numa_cpus(numa_node) & allowed if numa_node is not None else set()
+    cpus = near or allowed
+    workers = max(1, min(16, len(cpus) // machine.local_ranks(), -(-nbytes // _TOUCH_BYTES)))
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def touch(start: int) -> None:
+        length = min(_TOUCH_BYTES, memory.nbytes - start)  # `memory`, so that it stays mapped while a thread writes
+        where = ctypes.c_void_p(address + start)
+        if libc.madvise(where, ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
+            if ctypes.get_errno() == errno.ENOMEM:
+                raise HostMemoryError(
+                    f"the kernel has no pages left for {format_bytes(nbytes)} of host memory; nothing was moved. "
+                    "Leave more memory to this process, or offload fewer kinds"
+                )
+            ctypes.memset(address + start, 0, length)  # an old kernel, or a signal: write instead
+
+    def near_the_device() -> None:
+        if near:
+            os.sched_setaffinity(0, near)  # of this thread only
+
+    with ThreadPoolExecutor(workers, "megastow-touch", near_the_device) as pool:
+        list(pool.map(touch, range(0, nbytes, _TOUCH_BYTES)))

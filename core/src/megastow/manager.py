@@ -1,0 +1,374 @@
+"""The interface: `MemoryManager`, what users call, and the two factories that make one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from megastow.adapter import BoundAdapter
+from megastow.device import device_for
+from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
+from megastow.errors import InvalidArgumentError, InvalidTypeError, ManagerClosedError
+from megastow.guard import Guard
+from megastow.registry import choose_adapter
+from megastow.report import Direction, KindReport, TransferReport
+from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kinds
+from megastow.transport import DEFAULT_CHUNK_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+def create_memory_manager(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    optimizer: Any = None,
+    *,
+    adapter: str | None = None,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> MemoryManager:
+    """Make the manager of a trainer's (or any module's) device memory.
+
+    Nothing is moved, and no host memory is taken, before the first call that needs it. The one thing that changes is a
+    forward hook on the innermost modules, which protects backward passes while state is away; `close` removes it.
+
+    Args:
+        model: Megatron's DistributedDataParallel chunk or a list of them (virtual pipeline), or a plain module.
+        optimizer: what `get_megatron_optimizer` returned, or a torch optimizer over a plain module, or None.
+        adapter: use this adapter instead of the one that accepts; for a Megatron version that no adapter knows yet.
+        bucket_bytes: size of the device buckets that small tensors are packed into, and the extra device memory that
+            packing needs, once.
+        chunk_bytes: the most that one copy carries.
+
+    Raises:
+        InvalidTypeError: `model` is not a module or a list of modules.
+        InvalidArgumentError: parameters on several devices, none at all, or an impossible size.
+        AdapterSelectionError: not exactly one adapter accepts.
+        UnsupportedLayoutError: the adapter knows that layout and cannot move it.
+        StateChangedError: another manager has offloaded this model at present.
+    """
+    given: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
+    for chunk in given:
+        if not isinstance(chunk, torch.nn.Module):
+            raise InvalidTypeError(
+                f"model is or contains a {type(chunk).__qualname__}; expected a torch.nn.Module (Megatron's "
+                "DistributedDataParallel chunk, or any module) or a list of them"
+            )
+    chunks: list[torch.nn.Module] = given
+    if not chunks:
+        raise InvalidArgumentError("model is an empty list; expected at least one module")
+    for name, value in (("bucket_bytes", bucket_bytes), ("chunk_bytes", chunk_bytes)):
+        if not isinstance(value, int):
+            raise InvalidTypeError(f"{name} is a {type(value).__qualname__}; expected a whole number of bytes")
+        if value <= 0:
+            raise InvalidArgumentError(f"{name} is {value}; expected a positive number of bytes")
+    chosen = choose_adapter(chunks, optimizer, adapter)
+    logger.info("adapter %s takes charge of %d chunk(s)", chosen.name, len(chunks))
+    return MemoryManager(chosen.bind(chunks, optimizer), bucket_bytes=bucket_bytes, chunk_bytes=chunk_bytes)
+
+
+def create_trainer_memory_manager(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    optimizer: Any,
+    use_distributed_optimizer: bool,
+    accumulate_allreduce_grads_in_fp32: bool,
+    params_dtype: torch.dtype,
+    bucket_size_mb: int = 0,
+) -> MemoryManager:
+    """Make a manager from the classic signature. What it is told is checked against what is found.
+
+    Args:
+        model: as for `create_memory_manager`.
+        optimizer: as for `create_memory_manager`.
+        use_distributed_optimizer: whether the optimizer is Megatron's DistributedOptimizer.
+        accumulate_allreduce_grads_in_fp32: whether gradient buffers are fp32.
+        params_dtype: dtype of most parameters.
+        bucket_size_mb: size of the device buckets in MiB; 0 for the default.
+
+    Raises:
+        InvalidArgumentError: an argument disagrees with the trainer; and whatever `create_memory_manager` raises.
+    """
+    if bucket_size_mb < 0:
+        raise InvalidArgumentError(f"bucket_size_mb is {bucket_size_mb}; expected 0 (the default) or a size in MiB")
+    told = {
+        "use_distributed_optimizer": use_distributed_optimizer,
+        "accumulate_allreduce_grads_in_fp32": accumulate_allreduce_grads_in_fp32,
+        "params_dtype": params_dtype,
+    }
+    bucket_bytes = (bucket_size_mb << 20) or DEFAULT_BUCKET_BYTES
+    manager = create_memory_manager(model, optimizer, bucket_bytes=bucket_bytes)
+    wrong = [
+        f"{name} is given as {value!r}, and the trainer has {manager.facts[name]!r}"
+        for name, value in told.items()
+        if name in manager.facts and manager.facts[name] != value
+    ]
+    if wrong:
+        manager.close()
+        raise InvalidArgumentError(f"{'; '.join(wrong)}. Correct the arguments, or use create_memory_manager")
+    return manager
+
+
+class MemoryManager:
+    """Moves one trainer's state between the device and host memory.
+
+    All methods are blocking and synchronise with the device; calls from several threads are served one after the
+    other. A kind is resident, offloaded, or on its way (see `Residency`). While a kind is away, calls that would touch
+    it raise `OffloadedError`.
+
+    Host memory: as much as the kinds offloaded so far held on the device (gradient buffers take none), allocated and
+    page-locked at the first offload or by `prepare`, and kept until `close`.
+    """
+
+    def __init__(self, trainer: BoundAdapter, *, bucket_bytes: int, chunk_bytes: int) -> None:
+        """Take charge of what an adapter has bound; use `create_memory_manager` instead.
+
+        Raises:
+            StateChangedError: some of the state has no bytes at present.
+            UnsupportedTensorError: some of the state cannot be moved.
+        """
+        self._trainer = trainer
+        self._device = device_for(trainer.device)
+        self._engine = Engine(self._device, bucket_bytes=bucket_bytes, chunk_bytes=chunk_bytes)
+        self._guard = Guard()
+        self._lock = threading.RLock()
+        self._preparing: Future[int] | None = None
+        self._closed = False
+        self._engine.find(trainer.inventory(), ALL_KINDS)  # refuse now what could not be moved later
+        self._guard.watch_backward(trainer.entrances())
+
+    # --- questions -----------------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What the adapter found about the trainer."""
+        return self._trainer.facts
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that the manager holds now, in use or ready for the next offload."""
+        return self._engine.host_bytes
+
+    def residency(self, kind: KindLike) -> Residency:
+        """Where the bytes of `kind` are. Does not wait for a move under way in another thread.
+
+        Raises:
+            InvalidArgumentError: there is no such kind.
+        """
+        return self._engine.residency(parse_kinds([kind])[0])
+
+    # --- moves ---------------------------------------------------------------------------------------------------
+
+    def offload(self, *kinds: KindLike, keep_grads: bool = False) -> TransferReport:
+        """Copy kinds to host memory and release their device memory; all kinds if none is named.
+
+        Extra device memory: at most one bucket, at the first offload. All kinds of a call move, or none.
+
+        Args:
+            *kinds: `StateKind`s or their names.
+            keep_grads: copy gradient buffers as well, to go on in the middle of an accumulation.
+
+        Raises:
+            HostMemoryError: host memory does not suffice; nothing was moved.
+            UnsupportedLayoutError: state was found that cannot be moved; nothing was moved.
+            TransferError: the move failed and was undone, and can be made again.
+            ManagerClosedError: the manager is closed.
+        """
+        wanted = parse_kinds(kinds)
+        with self._moving("offload", wanted) as move:
+            moving = [k for k in wanted if self._engine.residency(k) is Residency.RESIDENT]
+            if moving:
+                self._finish_preparing()
+                self._trainer.quiesce(moving, keep_grads=keep_grads)
+            move.kinds.update(self._engine.offload(self._trainer.inventory, wanted, keep_grads=keep_grads))
+        return move.report()
+
+    def onload(self, *kinds: KindLike) -> TransferReport:
+        """Bring kinds back to the device, bit for bit; all kinds if none is named.
+
+        Gradient buffers come back zeroed, unless they were kept. Needs as much free device memory as was released. All
+        kinds of a call move, or none.
+
+        Raises:
+            DeviceMemoryError: not enough free device memory; everything is still safe on the host.
+            TransferError: the move failed and was undone, and can be made again.
+            ManagerClosedError: the manager is closed.
+        """
+        wanted = parse_kinds(kinds)
+        with self._moving("onload", wanted) as move:
+            reports, notes = self._engine.onload(wanted)
+            move.kinds.update(reports)
+            move.notes.extend(notes)
+        return move.report()
+
+    @contextlib.contextmanager
+    def offloaded(self, *kinds: KindLike, keep_grads: bool = False) -> Iterator[TransferReport]:
+        """Offload for the length of a `with` block, and onload what it offloaded however the block ends.
+
+        What was away before the block stays away after it. An exception of the block is raised again after the onload;
+        if the onload fails too, its error is raised with the block's as context, and the state is still on the host.
+
+        Yields:
+            The report of the offload.
+        """
+        report = self.offload(*kinds, keep_grads=keep_grads)
+        try:
+            yield report
+        finally:
+            back = [k for k, entry in report.kinds.items() if entry.moved and self.residency(k) is Residency.OFFLOADED]
+            if back:
+                self.onload(*back)
+
+    def prepare(self, *kinds: KindLike, wait: bool = False) -> None:
+        """Allocate and page-lock host memory for the first offload ahead of time, in the background.
+
+        Touches no tensor, so it may run beside training. What it prepares fits the state as it is now; moments that
+        the first optimizer step will make are not there before it.
+
+        Args:
+            *kinds: the kinds that will be offloaded; all if none is named.
+            wait: return only when it is done.
+
+        Raises:
+            HostMemoryError: with `wait`; without, the next offload tries again and raises it.
+            ManagerClosedError: the manager is closed.
+        """
+        wanted = parse_kinds(kinds)
+        with self._lock:
+            self._check_open()
+            self._finish_preparing()
+            # Only sizes go to the thread: tensors in its hands would outlive the step that drops them.
+            sizes = self._engine.needed(self._trainer.inventory(), wanted)
+            future: Future[int] = Future()
+            self._preparing = future
+
+            def run() -> None:
+                try:
+                    future.set_result(self._engine.reserve(sizes))
+                except BaseException as error:
+                    future.set_exception(error)
+
+            threading.Thread(target=run, name="megastow-prepare", daemon=True).start()
+            if wait:
+                self._preparing = None
+                future.result()
+
+    def close(self, *, discard: bool = False) -> None:
+        """Bring everything back, remove the hook, and give host memory back. Closing twice is fine.
+
+        Args:
+            discard: do not bring anything back. What is offloaded is lost: the tensors stay empty, and using the model
+                or the optimizer keeps raising `OffloadedError`. For the end of a job.
+
+        Raises:
+            DeviceMemoryError: what is offloaded does not fit back; the manager stays open and nothing is lost.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._finish_preparing()
+            if not discard:
+                self.onload()
+                self._guard.close()
+            self._engine.close()
+            self._closed = True
+
+    def __enter__(self) -> MemoryManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- the classic names ---------------------------------------------------------------------------------------
+
+    def offload_weights(self) -> TransferReport:
+        """`offload("weights")`."""
+        return self.offload(StateKind.WEIGHTS)
+
+    def onload_weights(self) -> TransferReport:
+        """`onload("weights")`."""
+        return self.onload(StateKind.WEIGHTS)
+
+    def offload_main_weights(self) -> TransferReport:
+        """`offload("main_weights")`."""
+        return self.offload(StateKind.MAIN_WEIGHTS)
+
+    def onload_main_weights(self) -> TransferReport:
+        """`onload("main_weights")`."""
+        return self.onload(StateKind.MAIN_WEIGHTS)
+
+    def offload_optimizer_states(self) -> TransferReport:
+        """`offload("optimizer_states")`."""
+        return self.offload(StateKind.OPTIMIZER_STATES)
+
+    def onload_optimizer_states(self) -> TransferReport:
+        """`onload("optimizer_states")`."""
+        return self.onload(StateKind.OPTIMIZER_STATES)
+
+    def free_grad_buffers(self) -> TransferReport:
+        """`offload("grad_buffers")`."""
+        return self.offload(StateKind.GRAD_BUFFERS)
+
+    def build_grad_buffers(self) -> TransferReport:
+        """`onload("grad_buffers")`."""
+        return self.onload(StateKind.GRAD_BUFFERS)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _moving(self, direction: Direction, kinds: Sequence[StateKind]) -> Iterator[_Move]:
+        """What every move has around it: the lock, the guard brought in line with the truth, the report."""
+        with self._lock:
+            self._check_open()
+            move = _Move(direction, self._device.memory())
+            try:
+                yield move
+            finally:
+                self._guard.update(self._away(), self._trainer.guarded_calls)
+            move.finish(self._device.memory())
+            for kind in kinds:
+                if not move.kinds[kind].moved:
+                    move.notes.append(f"{kind} was {self.residency(kind)} already")
+            logger.info("%s", move.report())
+
+    def _away(self) -> frozenset[StateKind]:
+        return frozenset(k for k in ALL_KINDS if self._engine.residency(k) is not Residency.RESIDENT)
+
+    def _finish_preparing(self) -> None:
+        """Wait for a preparation under way; what failed it fails the move that needs the memory, if it still does."""
+        if self._preparing is not None:
+            error = self._preparing.exception()
+            self._preparing = None
+            if error is not None:
+                logger.warning("preparing host memory failed: %s", error)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ManagerClosedError("this memory manager is closed; create a new one with create_memory_manager")
+
+
+class _Move:
+    """What a move gathers for its report."""
+
+    def __init__(self, direction: Direction, before: Any) -> None:
+        self.direction: Direction = direction
+        self.kinds: dict[StateKind, KindReport] = {}
+        self.notes: list[str] = []
+        self._start = time.perf_counter()
+        self._seconds = 0.0
+        self._before = self._after = before
+
+    def finish(self, after: Any) -> None:
+        self._seconds = time.perf_counter() - self._start
+        self._after = after
+
+    def report(self) -> TransferReport:
+        return TransferReport(self.direction, self.kinds, self._seconds, self._before, self._after, tuple(self.notes))

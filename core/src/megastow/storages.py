@@ -1,0 +1,147 @@
+"""From tensors to storages: what an inventory means in memory that can be released and refilled.
+
+Moves work on storages, because that is where aliases meet: every view, shard, bucket and cached slice of a buffer is
+another tensor on one storage. Release the storage and all of them are empty; refill it and all of them are back, with
+nothing rebuilt. This module finds the distinct storages behind an inventory and refuses what cannot be moved, before
+anything is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from megastow.errors import StateChangedError, UnsupportedTensorError
+from megastow.state import ALL_KINDS, Inventory, StateKind
+
+
+@dataclass
+class StorageRecord:
+    """One storage and what the inventory knows of it.
+
+    Attributes:
+        storage: the storage itself; holding it keeps its memory, so records live no longer than a move.
+        kind: the kind it moves with.
+        keep: whether its bytes must be copied out.
+        tensors: name and tensor, each tensor object once.
+    """
+
+    storage: torch.UntypedStorage
+    kind: StateKind
+    keep: bool
+    tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage now."""
+        return self.storage.nbytes()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the inventory calls the tensors on it."""
+        return tuple(name for name, _ in self.tensors)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """Identity of a storage, the same for every tensor on it, released or not. Valid while the storage lives."""
+    return int(storage._cdata)
+
+
+class _Holder(Protocol):
+    """Something that holds a storage in hand, as its attribute."""
+
+    storage: torch.UntypedStorage
+
+
+def belongs_to(holder: _Holder, known: int) -> bool:
+    """Whether a storage belongs to exactly `known` tensors, and to nobody else but the one handle of `holder`.
+
+    torch counts the owners, and all handles in Python as one, because they are one object; Python counts those.
+    Autograd's saved views, C++ caches and forgotten views all count.
+    """
+    owners = torch._C._storage_Use_Count(storage_id(holder.storage))
+    return bool(owners == known + 1) and sys.getrefcount(holder.storage) == _lone_references(known > 0)
+
+
+@functools.cache
+def _lone_references(has_tensors: bool) -> int:
+    """What Python counts for a storage with one handle in hand; tried out, as it differs between torch versions."""
+    tensor = torch.empty(1, device="cpu")
+    record = StorageRecord(
+        tensor.untyped_storage() if has_tensors else torch.UntypedStorage(1), ALL_KINDS[0], keep=True
+    )
+    return sys.getrefcount(record.storage)
+
+
+def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Collection[int]) -> list[StorageRecord]:
+    """The distinct device storages of `kinds`, checked, in the order of `StateKind`.
+
+    Tensors that live elsewhere (the CPU part of an optimizer that is split over devices, a `step` counter) are left
+    where they are, and so is what has no elements.
+
+    Args:
+        inventory: what the adapter found. All of it is looked at: a storage belongs to the first kind that claims it.
+        kinds: the kinds to return.
+        away: identities of the storages that this manager itself has released.
+
+    Raises:
+        UnsupportedTensorError: a storage of `kinds` cannot be resized.
+        StateChangedError: a storage of `kinds` has no bytes, and it was not this manager that took them.
+    """
+    records: dict[int, StorageRecord] = {}
+    seen: set[int] = set()
+    for kind in ALL_KINDS:
+        for group in inventory.groups:
+            if group.kind is not kind:
+                continue
+            for name, tensor in group.tensors:
+                if tensor.device != inventory.device or tensor.numel() == 0:
+                    continue
+                storage = tensor.untyped_storage()
+                record = records.get(storage_id(storage))
+                if record is None:
+                    record = records[storage_id(storage)] = StorageRecord(storage, kind, group.keep)
+                record.keep |= group.keep
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    record.tensors.append((name, tensor))
+    found = [r for key, r in records.items() if r.kind in kinds and key not in away]
+    for record in found:
+        _check_movable(record)
+    return found
+
+
+def _check_movable(record: StorageRecord) -> None:
+    names = _some(record.names)
+    if record.nbytes == 0:
+        raise StateChangedError(
+            f"{names} ({record.kind}) has no storage: its bytes were released by another manager or by other code. "
+            "Expected state on the device. Bring it back where it was released, then call again; nothing was moved"
+        )
+    if not record.storage.resizable():
+        raise UnsupportedTensorError(
+            f"the storage of {names} ({record.kind}, {record.nbytes} bytes) cannot be resized: it was made by "
+            "from_numpy, frombuffer, a memory-mapped load or another foreign owner. Nothing was moved. Clone the "
+            "tensor into memory of torch's own allocator before training"
+        )
+    if record.storage.device.type == "cpu" and record.storage.is_shared():
+        raise UnsupportedTensorError(
+            f"the storage of {names} ({record.kind}) is shared with other processes; releasing it would not free it. "
+            "Nothing was moved. Clone the tensor into private memory"
+        )
+
+
+def _some(names: tuple[str, ...], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def byte_view(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The whole of a storage as a flat uint8 tensor of shape [nbytes]; no copy."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
