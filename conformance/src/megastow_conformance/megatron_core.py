@@ -1,0 +1,596 @@
+"""Trainers made of the real megatron-core, 0.9 to 0.19, on the CPU (gloo) or on GPUs (NCCL).
+
+The suite is worth what its trainers are worth, so these use Megatron's own DDP, optimizers, ``GPTModel`` and
+``finalize_model_grads``, in the order in which Megatron's training loop calls them. Models are tiny: state lives in the
+same places whatever its size.
+
+One process runs many scenarios one after the other, so nothing here may leak from one trainer into the next: every
+build and every step seeds all random state anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+
+from megastow_conformance import shim
+from megastow_conformance.scenarios import Scenario
+from megastow_conformance.trainer import Point, StepRecord, float32_bytes, float64_bytes
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_TOY_WIDTH = 32
+_TOY_HIDDEN = 45  # odd, so that shards end inside parameters and buffers need padding
+_TOY_BATCH = 8
+
+_HIDDEN = 32
+_VOCABULARY = 64
+_SEQUENCE = 16
+_BATCH = 2
+_EXPERTS = 4
+
+_OVERFLOW_WEIGHT = 2.0**10
+"""What the first step's loss is multiplied by under dynamic loss scaling: it overflows, and no other step does."""
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load() -> Version:
+    """Imports megatron-core, with the shim where it is needed, once in a process.
+
+    Returns:
+        The version that was imported.
+    """
+    version = shim.find_core_version()
+    shim.install(version)
+    shim.install_gpt(version)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for module in ("parallel_state", "distributed", "optimizer", "models.gpt.gpt_layer_specs"):
+        _core(module)
+    shim.post_import(version)
+    gc.collect()
+    gc.freeze()  # or every trainer's close() walks all of torch and Megatron again: 0.2 s each
+    return version
+
+
+def _core(module: str) -> Any:
+    return importlib.import_module(f"megatron.core.{module}")
+
+
+def device() -> torch.device:
+    """The device that trainers of this process live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def init_distributed(rank: int = 0, world: int = 1, store: Store | None = None) -> None:
+    """Joins the default process group: gloo on the CPU, NCCL on GPUs, one GPU for each rank of the host.
+
+    Args:
+        rank: This process's rank; on a host with GPUs its GPU is the rank modulo their number.
+        world: The number of processes.
+        store: Where the ranks meet. Alone, none is needed, and no port is taken.
+    """
+    torch.set_num_threads(1)
+    if store is None:
+        if world != 1:
+            raise ValueError(f"{world} ranks need a store to meet in")
+        store = HashStore()
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def _init_model_parallel(expert_parallel: int) -> None:
+    """Sets up ``parallel_state``; a layout that fits is kept, because Megatron never frees process groups."""
+    parallel_state = _core("parallel_state")
+    if parallel_state.model_parallel_is_initialized():
+        if parallel_state.get_expert_model_parallel_world_size() == expert_parallel:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
+
+
+def _seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    _core("tensor_parallel").model_parallel_cuda_manual_seed(seed)
+
+
+def _supported(config_class: Any, **values: Any) -> Any:
+    """Builds a Megatron configuration from those values that this release's dataclass has."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in names})
+
+
+# --- the toy model ----------------------------------------------------------------------------------------------------
+
+
+class _RunningMean(torch.nn.Module):
+    """Buffers that training changes: the mean of what passed by, which differs between data-parallel ranks."""
+
+    mean: torch.Tensor
+    weight: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(_TOY_WIDTH))
+        self.register_buffer("weight", torch.linspace(0.0, 1.0, _TOY_WIDTH), persistent=False)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        self.mean.lerp_(values.detach().float().mean(0), 0.1)
+        return (self.mean * self.weight).to(values.dtype)
+
+
+class _Adapted(torch.nn.Module):
+    """A frozen linear map with a small trained correction of rank 3."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = torch.nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down = torch.nn.Linear(inputs, 3, bias=False)
+        self.up = torch.nn.Linear(3, outputs, bias=False)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        corrected: torch.Tensor = self.base(values) + self.up(self.down(values))
+        return corrected
+
+
+def _perceptron(linear: Callable[[int, int], torch.nn.Module] = torch.nn.Linear) -> torch.nn.Sequential:
+    return torch.nn.Sequential(linear(_TOY_WIDTH, _TOY_HIDDEN), torch.nn.Tanh(), linear(_TOY_HIDDEN, _TOY_WIDTH))
+
+
+def _tied() -> torch.nn.Sequential:
+    first, second = torch.nn.Linear(_TOY_WIDTH, _TOY_WIDTH), torch.nn.Linear(_TOY_WIDTH, _TOY_WIDTH)
+    second.weight = first.weight
+    return torch.nn.Sequential(first, torch.nn.Tanh(), second)
+
+
+def _partly_frozen() -> torch.nn.Sequential:
+    half = _perceptron()
+    half[0].bias.requires_grad_(False)
+    return torch.nn.Sequential(_perceptron().requires_grad_(False), half)
+
+
+def _as_experts(module: torch.nn.Module) -> torch.nn.Module:
+    """Marks every parameter the way Megatron marks those of experts: not reduced with the dense ones."""
+    for parameter in module.parameters():
+        setattr(parameter, "allreduce", False)  # noqa: B010  (a Tensor has no such attribute of its own)
+    return module
+
+
+class _Toy(torch.nn.Module):
+    """Residual parts, one for each kind of parameter that the scenario asks for."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__()
+        self.dtype = _DTYPES[scenario.precision]
+        parts: dict[str, torch.nn.Module] = {"dense": _perceptron(_Adapted if scenario.lora else torch.nn.Linear)}
+        if scenario.tied:
+            parts["tied"] = _tied()
+        if scenario.frozen:
+            parts["frozen"] = _partly_frozen()
+        if scenario.experts:
+            parts["experts"] = _as_experts(_perceptron())
+        parts["last"] = _perceptron(_Adapted if scenario.lora else torch.nn.Linear)
+        self.parts = torch.nn.ModuleDict(parts).to(self.dtype)
+        if scenario.fp32_params:
+            self.parts["fp32"] = torch.nn.Sequential(torch.nn.LayerNorm(_TOY_WIDTH), _perceptron())
+        self.parts["statistics"] = _RunningMean()
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        values = values.to(self.dtype)
+        for name, part in self.parts.items():
+            inputs = values.float() if name == "fp32" else values
+            values = values + part(inputs).to(self.dtype)
+        return values
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(scenario: Scenario, *, seed: int = 1234) -> MegatronCoreTrainer:
+    """Builds a trainer; the default process group must exist (``init_distributed``).
+
+    Two calls with the same arguments give bit-identical trainers, whatever ran between them.
+
+    Args:
+        scenario: What to build.
+        seed: Decides weights, data and dropout.
+
+    Raises:
+        ValueError: If this megatron-core or this device cannot run the scenario; the message says why.
+    """
+    version = load()
+    reason = scenario.unsupported_on(version, "cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
+        raise ValueError(f"{scenario.name} on megatron-core {version}: {reason}")
+    _init_model_parallel(scenario.expert_parallel)
+    _seed_everything(seed)
+    config = _transformer_config(scenario)
+    make_module = _toy_module if scenario.model == "toy" else _gpt_module
+    model = [
+        _core("distributed").DistributedDataParallel(
+            config,
+            _ddp_config(scenario, distributed_optimizer=distributed),
+            make_module(scenario, config, chunk),
+            disable_bucketing=chunk > 0,
+        )
+        for chunk, distributed in enumerate(_distributed_chunks(scenario))
+    ]
+    return MegatronCoreTrainer(scenario, seed, model, _optimizer(scenario, model))
+
+
+def _distributed_chunks(scenario: Scenario) -> list[bool]:
+    """For each chunk, whether its optimizer is the distributed one."""
+    return [scenario.distributed_optimizer and not (scenario.mixed_chain and i > 0) for i in range(scenario.chunks)]
+
+
+def _transformer_config(scenario: Scenario) -> Any:
+    is_moe = scenario.model == "gpt" and scenario.experts
+    experts = {
+        "num_moe_experts": _EXPERTS,
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "moe_token_dispatcher_type": "allgather",
+    }
+    return _supported(
+        _core("transformer").TransformerConfig,
+        num_layers=2 if scenario.chunks == 1 else 1,
+        hidden_size=_HIDDEN,
+        num_attention_heads=2,
+        ffn_hidden_size=2 * _HIDDEN,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        add_bias_linear=not is_moe,
+        bf16=scenario.precision == "bf16",
+        fp16=scenario.precision == "fp16",
+        params_dtype=_DTYPES[scenario.precision],
+        pipeline_dtype=_DTYPES[scenario.precision],
+        expert_model_parallel_size=scenario.expert_parallel,
+        **(experts if is_moe else {}),
+    )
+
+
+def _ddp_config(scenario: Scenario, *, distributed_optimizer: bool) -> Any:
+    return _supported(
+        _core("distributed").DistributedDataParallelConfig,
+        grad_reduce_in_fp32=scenario.grad_reduce_in_fp32,
+        overlap_grad_reduce=scenario.overlap,
+        overlap_param_gather=scenario.overlap and distributed_optimizer,
+        use_distributed_optimizer=distributed_optimizer,
+        bucket_size=scenario.bucket_size,
+    )
+
+
+def _optimizer_config(scenario: Scenario, *, distributed_optimizer: bool) -> Any:
+    values: dict[str, Any] = {
+        "optimizer": scenario.optimizer,
+        "lr": 0.01,
+        "min_lr": 0.0,
+        "weight_decay": 0.01,
+        "clip_grad": 1.0,
+        "bf16": scenario.precision == "bf16",
+        "fp16": scenario.precision == "fp16",
+        "params_dtype": _DTYPES[scenario.precision],
+        "hysteresis": 1,
+        "use_distributed_optimizer": distributed_optimizer,
+        "overlap_param_gather": scenario.overlap and distributed_optimizer,
+    }
+    if scenario.initial_loss_scale is not None:
+        values["initial_loss_scale"] = scenario.initial_loss_scale
+    if scenario.cpu_offload_fraction:
+        values["optimizer_cpu_offload"] = True
+        values["optimizer_offload_fraction"] = scenario.cpu_offload_fraction
+        values["use_torch_optimizer_for_cpu_offload"] = True
+    return _supported(_core("optimizer").OptimizerConfig, **values)
+
+
+def _optimizer(scenario: Scenario, model: list[torch.nn.Module]) -> Any:
+    optimizer_module = _core("optimizer")
+    if not scenario.mixed_chain:
+        config = _optimizer_config(scenario, distributed_optimizer=scenario.distributed_optimizer)
+        return optimizer_module.get_megatron_optimizer(config, model)
+    links = []
+    for chunk, distributed in zip(model, _distributed_chunks(scenario), strict=True):
+        config = _optimizer_config(scenario, distributed_optimizer=distributed)
+        links += _links(optimizer_module.get_megatron_optimizer(config, [chunk]))
+    for link in links:
+        link.config = links[0].config  # a chain insists on one configuration for all
+    return _core("optimizer.optimizer").ChainedOptimizer(links)
+
+
+def _links(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain, or the optimizer alone."""
+    chained = getattr(optimizer, "chained_optimizers", None)
+    return [optimizer] if chained is None else [link for part in chained for link in _links(part)]
+
+
+def _toy_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
+    return _Toy(scenario).to(device())
+
+
+def _gpt_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
+    spec = _core("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False
+    )
+    gpt_model = _core("models.gpt").GPTModel
+    module = gpt_model(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=_VOCABULARY,
+        max_sequence_length=_SEQUENCE,
+        pre_process=chunk == 0,
+        post_process=chunk == scenario.chunks - 1,
+        share_embeddings_and_output_weights=scenario.tied,
+    ).to(device())
+    if scenario.frozen:
+        module.embedding.requires_grad_(False)
+        module.decoder.layers[0].requires_grad_(False)
+    for layer in module.decoder.layers:
+        if scenario.experts:
+            # Megatron marks experts only when they are spread over ranks; one rank is to have expert buffers too.
+            _as_experts(layer.mlp.experts)
+    return _core("transformer.module").Float16Module(config, module)  # type: ignore[no-any-return]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class MegatronCoreTrainer:
+    """A ``Trainer`` (see ``megastow_conformance.trainer``) over real megatron-core."""
+
+    def __init__(self, scenario: Scenario, seed: int, model: list[torch.nn.Module], optimizer: Any) -> None:
+        self.scenario = scenario
+        self.model = model
+        self.optimizer = optimizer
+        self._seed = seed
+
+    def train_step(self, index: int, at: Callable[[Point], None] | None = None) -> StepRecord:
+        """Runs one whole training step; see ``Trainer``."""
+        reached = at if at is not None else _ignore
+        _seed_everything(self._seed + 1000 * (index + 1))
+        losses = tuple(self._microbatch(index, microbatch, reached) for microbatch in range(self.scenario.microbatches))
+        reached(Point.AFTER_BACKWARD)
+        _core("distributed").finalize_model_grads(self.model)
+        reached(Point.AFTER_GRAD_SYNC)
+        updated, grad_norm, _ = self.optimizer.step()
+        reached(Point.AFTER_STEP)
+        for chunk in self.model:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        reached(Point.AFTER_ZERO_GRAD)
+        return StepRecord(
+            losses=losses,
+            grad_norm=None if grad_norm is None else float64_bytes(grad_norm),
+            updated=bool(updated),
+            loss_scale=float64_bytes(self.optimizer.get_loss_scale()),
+        )
+
+    def evaluate(self, index: int) -> tuple[bytes, ...]:
+        """The losses of one step's forward passes, and nothing else; see ``Trainer``."""
+        _seed_everything(self._seed + 1000 * (index + 1))
+        with torch.no_grad():
+            return tuple(float32_bytes(self._loss(index, number)) for number in range(self.scenario.microbatches))
+
+    def _microbatch(self, index: int, microbatch: int, reached: Callable[[Point], None]) -> bytes:
+        """Forward and backward of one microbatch; gradients are communicated with the last one only."""
+        is_last = microbatch == self.scenario.microbatches - 1
+        with contextlib.ExitStack() as stack:
+            if not is_last:
+                for chunk in self.model:
+                    stack.enter_context(chunk.no_sync())  # type: ignore[operator]
+            loss = self._loss(index, microbatch)
+            if is_last:
+                reached(Point.AFTER_FORWARD)
+            self.optimizer.scale_loss(loss / self.scenario.microbatches).backward()
+        if microbatch == 0 and not is_last:
+            reached(Point.MID_ACCUMULATION)
+        return float32_bytes(loss.detach())
+
+    def _loss(self, index: int, microbatch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self._data_seed(index, microbatch))
+        loss = self._toy_loss(generator) if self.scenario.model == "toy" else self._gpt_loss(generator)
+        overflows = index == 0 and self.scenario.initial_loss_scale is not None
+        return loss * _OVERFLOW_WEIGHT if overflows else loss
+
+    def _data_seed(self, index: int, microbatch: int) -> int:
+        rank: int = _core("parallel_state").get_data_parallel_rank()
+        return ((self._seed * 1009 + index) * 64 + microbatch) * 64 + rank
+
+    def _toy_loss(self, generator: torch.Generator) -> torch.Tensor:
+        values = torch.randn(_TOY_BATCH, _TOY_WIDTH, generator=generator).to(device())
+        for chunk in self.model:
+            values = chunk(values)
+        return values.float().square().mean()
+
+    def _gpt_loss(self, generator: torch.Generator) -> torch.Tensor:
+        tokens = torch.randint(_VOCABULARY, (_BATCH, _SEQUENCE + 1), generator=generator).to(device())
+        positions = torch.arange(_SEQUENCE, device=device()).expand(_BATCH, -1)
+        is_future = torch.ones(1, 1, _SEQUENCE, _SEQUENCE, device=device()).triu(1).bool()
+        labels = tokens[:, 1:].contiguous()
+        output: torch.Tensor | None = None
+        for chunk in self.model:
+            if output is not None:
+                chunk.module.set_input_tensor(output.to(_DTYPES[self.scenario.precision]))  # type: ignore[operator, union-attr]
+            output = chunk(tokens[:, :-1].contiguous(), positions, is_future, labels=labels)
+        assert output is not None
+        return output.float().mean()
+
+    def checkpoint(self) -> dict[str, Any]:
+        """This rank's state as Megatron's own ``state_dict`` methods give it, and what they leave out; see ``Trainer``."""
+        with self._whole_weights():
+            return _through_a_file(
+                {
+                    "model": [chunk.state_dict() for chunk in self.model],
+                    "optimizer": self.optimizer.state_dict(),
+                    "shards": [
+                        {"inner": link.optimizer.state_dict(), "main": _stepped_on(link.optimizer)}
+                        for link in _distributed_links(self.optimizer)
+                    ],
+                }
+            )
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Megatron's own ``load_state_dict`` methods in Megatron's order, then the shards; see ``Trainer``.
+
+        Megatron's own loading of shards, ``load_parameter_state_from_dp_zero``, expects the optimizers of Apex or
+        Transformer Engine: with torch's, it fails on the state "step".
+        """
+        state = _through_a_file(checkpoint)  # what is loaded becomes the optimizers' own
+        for chunk, saved in zip(self.model, state["model"], strict=True):
+            chunk.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for link, saved in zip(_distributed_links(self.optimizer), state["shards"], strict=True):
+            link.optimizer.load_state_dict(saved["inner"])
+            for group, saved_group in zip(_stepped_on(link.optimizer), saved["main"], strict=True):
+                for main, saved_main in zip(group, saved_group, strict=True):
+                    main.copy_(saved_main)
+
+    @contextlib.contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """Gathers the parameters that overlapped communication would gather in the next forward only.
+
+        Megatron's training loop does the same before it saves: it has no other way to ask for it.
+        """
+        overlapped = [chunk for chunk in self.model if chunk.ddp_config.overlap_param_gather]  # type: ignore[union-attr]
+        for chunk in overlapped:
+            chunk.disable_forward_pre_hook()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            for chunk in overlapped:
+                chunk.enable_forward_pre_hook()  # type: ignore[operator]
+
+    def named_state(self) -> dict[str, torch.Tensor]:
+        """The live state without gradients; see ``Trainer``."""
+        return _unique(self._walk_state())
+
+    def named_grads(self) -> dict[str, torch.Tensor]:
+        """The live gradients; see ``Trainer``."""
+        return _unique(self._walk_grads())
+
+    def _walk_state(self) -> Iterator[tuple[str, Any]]:
+        for i, chunk in enumerate(self.model):
+            for name, parameter in chunk.named_parameters():
+                yield f"chunk{i}.param.{name}", parameter
+            for name, buffer in chunk.named_buffers():
+                yield f"chunk{i}.buffer.{name}", buffer
+        for prefix, main in self._walk_main():
+            yield f"{prefix}.main", main
+        for i, link in enumerate(_links(self.optimizer)):
+            yield f"optimizer{i}.loss_scale", getattr(getattr(link, "grad_scaler", None), "_scale", None)
+        for prefix, inner in self._walk_inner():
+            for j, per_parameter in enumerate(inner.state.values()):
+                for key, value in sorted(per_parameter.items()):
+                    yield f"{prefix}.state{j}.{key}", value
+
+    def _walk_grads(self) -> Iterator[tuple[str, Any]]:
+        for i, chunk in enumerate(self.model):
+            for kind in ("buffers", "expert_parallel_buffers"):
+                for j, buffer in enumerate(getattr(chunk, kind)):
+                    yield f"chunk{i}.{kind}{j}.grad_data", buffer.grad_data
+            for name, parameter in chunk.named_parameters():
+                yield f"chunk{i}.main_grad.{name}", getattr(parameter, "main_grad", None)
+                yield f"chunk{i}.grad.{name}", parameter.grad
+        for prefix, main in self._walk_main():
+            yield f"{prefix}.grad", None if main is None else main.grad
+
+    def _walk_main(self) -> Iterator[tuple[str, Any]]:
+        """What the inner optimizers step on: main weights, and views or parameters where there are none."""
+        for prefix, inner in self._walk_inner():
+            for j, group in enumerate(inner.param_groups):
+                for k, main in enumerate(group["params"]):
+                    yield f"{prefix}.group{j}.{k}", main
+
+    def _walk_inner(self) -> Iterator[tuple[str, Any]]:
+        """The torch optimizers, those inside a HybridDeviceOptimizer included."""
+        for i, link in enumerate(_links(self.optimizer)):
+            inner = getattr(link, "optimizer", None)
+            if inner is not None:
+                yield f"optimizer{i}", inner
+                for j, part in enumerate(getattr(inner, "sub_optimizers", ())):
+                    yield f"optimizer{i}.part{j}", part
+
+    def scratch(self) -> list[torch.Tensor]:
+        """Megatron's global memory buffer; see ``Trainer``."""
+        return list(_core("parallel_state").get_global_memory_buffer().buffer.values())
+
+    def close(self) -> None:
+        """Drops everything; see ``Trainer``."""
+        for chunk in self.model:
+            _break_cycles(chunk)
+        self.model.clear()
+        self.optimizer = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _break_cycles(chunk: torch.nn.Module) -> None:
+    """Cuts the references through C++ that no garbage collector sees, and that would keep a DDP chunk alive.
+
+    DDP holds gradient accumulators whose hooks hold DDP. A MoE token dispatcher holds the routing of the last
+    microbatch, and so its autograd graph, and so the accumulators again.
+    """
+    for handle in dict(getattr(chunk, "remove_forward_pre_hook_handles", {})).values():
+        handle.remove()
+    getattr(chunk, "grad_accs", []).clear()
+    for module in chunk.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        for name, value in list(getattr(dispatcher, "__dict__", {}).items()):
+            if isinstance(value, torch.Tensor):
+                setattr(dispatcher, name, None)
+
+
+def _distributed_links(optimizer: Any) -> list[Any]:
+    """Those links of a chain that keep main weights and inner state out of ``state_dict``."""
+    distributed_optimizer = _core("optimizer.distrib_optimizer").DistributedOptimizer
+    return [link for link in _links(optimizer) if isinstance(link, distributed_optimizer)]
+
+
+def _stepped_on(inner: Any) -> list[list[torch.Tensor]]:
+    """What a torch optimizer steps on, group by group."""
+    return [[parameter.detach() for parameter in group["params"]] for group in inner.param_groups]
+
+
+def _through_a_file(value: Any) -> Any:
+    """A copy on the CPU that shares nothing with the original, made the way in which checkpoints are saved."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=False)
+
+
+def _ignore(point: Point) -> None:
+    """What a step calls when nobody watches it."""
+
+
+def _unique(walk: Iterator[tuple[str, Any]]) -> dict[str, torch.Tensor]:
+    """Each tensor of a walk once, under its first name; what is no tensor is left out."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, value in walk:
+        if isinstance(value, torch.Tensor) and id(value) not in seen:
+            if name in found:
+                raise ValueError(f"two tensors are called {name}")
+            seen.add(id(value))
+            found[name] = value
+    return found
