@@ -43,11 +43,12 @@ def main() -> int:
     device = device_for(megatron_core.device())
     memory = {"before the model": device.memory()}
     bound = demo.copy_bound(device.torch_device, nbytes=1 << 30) if device.torch_device.type == "cuda" else {}
-    torch.cuda.empty_cache() if bound else None
+    if bound:
+        torch.cuda.empty_cache()
 
     def say(text: str) -> None:
         if rank == 0:
-            print(text, flush=True)
+            print(text, flush=True)  # noqa: T201 - it is a script
 
     say(f"bound: { {way: f'{speed / 1e9:.2f} GB/s' for way, speed in bound.items()} }")
     trainer = build_trainer(SIZES[arguments.size])

@@ -146,6 +146,10 @@ class McoreBinding:
                             collect.add_attributes(group, f"{path}.{name}._comm_manager", manager)
 
 
+_HELD = ("works", "handles", "all_to_all_handle")
+"""Where handles keep what they wait for: torch's coalescing manager, Megatron's layer-wise and fp32 reductions."""
+
+
 def _works(handle: Any) -> Iterator[Any]:
     """The pieces of work behind a handle: itself, or what a coalescing manager or a list of handles holds."""
     if handle is None:
@@ -153,11 +157,9 @@ def _works(handle: Any) -> Iterator[Any]:
     if hasattr(handle, "is_completed"):
         yield handle
         return
-    held = [handle] if isinstance(handle, (list, tuple)) else []
-    held += [getattr(handle, name, None) for name in ("works", "handles", "all_to_all_handle")]
-    for part in held:
-        for work in part if isinstance(part, (list, tuple)) else (part,):
-            yield from _works(work)
+    parts = handle if isinstance(handle, (list, tuple)) else [getattr(handle, name, None) for name in _HELD]
+    for part in parts:
+        yield from _works(part)
 
 
 def _is_busy(work: Any) -> bool:

@@ -102,15 +102,14 @@ def _parameter_problems(index: int, chunk: torch.nn.Module) -> Iterator[str]:
 
 def _captured_graphs(module: torch.nn.Module) -> str | None:
     """The attributes of a module that hold captured graphs; transformer/cuda_graphs.py, transformer_block.py."""
-    names = []
-    for name, value in vars(module).items():
-        if (name == "cuda_graphs" and value) or ("cudagraph_manager" in name and any(map(_is_captured, getattr(value, "cudagraph_runners", ())))):
-            names.append(name)
-    # A manager may be a registered submodule, which vars() does not show.
-    for name, child in module._modules.items():
-        if "cudagraph_manager" in name and any(map(_is_captured, getattr(child, "cudagraph_runners", ()))):
-            names.append(name)
-    return " and ".join(names) or None
+    # A manager may be an attribute or a registered submodule; vars() shows only the former.
+    attributes = {**vars(module), **module._modules}
+    managers = [
+        name
+        for name, value in attributes.items()
+        if "cudagraph_manager" in name and any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
+    ]
+    return " and ".join(managers + ["cuda_graphs"] * bool(attributes.get("cuda_graphs"))) or None
 
 
 def _is_captured(runner: Any) -> bool:
@@ -120,10 +119,15 @@ def _is_captured(runner: Any) -> bool:
     return runner.fwd_graph is not None or getattr(runner, "bwd_graph", None) is not None
 
 
+_GRAPH_MODULES = (
+    "megatron.core.full_cuda_graph",
+    "megatron.core.optimizer.optimizer_cuda_graph",
+)
+
+
 def _whole_graph(class_name: str) -> bool:
     """Whether a process-wide graph was captured; full_cuda_graph.py (0.14+), optimizer_cuda_graph.py (0.17+)."""
-    for module_name in ("megatron.core.full_cuda_graph", "megatron.core.optimizer.optimizer_cuda_graph",
-                        "megatron.core.optimizer_cuda_graph"):
+    for module_name in _GRAPH_MODULES:
         wrapper = getattr(sys.modules.get(module_name), class_name, None)
         graph = getattr(wrapper, "cuda_graph", None)
         if any(g is not None for g in graph.values()) if isinstance(graph, dict) else graph is not None:
