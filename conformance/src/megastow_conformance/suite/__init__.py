@@ -1,0 +1,1 @@
+"""The suite itself: ``pytest --pyargs megastow_conformance.suite``, with at least one ``--megastow-row``."""
