@@ -1,0 +1,143 @@
+"""Moves of storages: what is shared between kinds, what is taken, order and accounting."""
+
+import pytest
+import torch
+from core_toys import Tensors, assert_same, device_bytes, junk, raw, snapshot
+
+from megastow.device import CpuDevice
+from megastow.engine import Engine
+from megastow.state import Inventory, Residency, StateKind
+
+W, M, S, G = StateKind
+CPU = torch.device("cpu")
+
+
+class Counting(CpuDevice):
+    """Counts what a driver would have to do."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.calls = []
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def confirm(self):
+        self.calls.append("confirm")
+
+    def release_cached(self):
+        self.calls.append("release_cached")
+
+
+class Rig:
+    """An engine over tensors given by kind; gradients are dropped."""
+
+    def __init__(self, bucket_bytes=1 << 20, **tensors):
+        self.device = Counting()
+        self.engine = Engine(self.device, bucket_bytes=bucket_bytes, chunk_bytes=64)
+        self.tensors = {StateKind(kind): list(values) for kind, values in tensors.items()}
+
+    def inventory(self):
+        made = Inventory(CPU)
+        for kind, tensors in self.tensors.items():
+            group = made.group(kind, "test", keep=kind is not G)
+            for index, tensor in enumerate(tensors):
+                group.add(str(index), tensor)
+        return made
+
+    def offload(self, *kinds, keep_grads=False):
+        return self.engine.offload(self.inventory, kinds, keep_grads=keep_grads)
+
+    @property
+    def all(self):
+        return Tensors((f"{k}{i}", t) for k, ts in self.tensors.items() for i, t in enumerate(ts))
+
+
+def test_a_storage_under_two_kinds_moves_with_the_first():
+    shared = torch.randn(64)
+    rig = Rig(weights=[shared[:32]], main_weights=[shared], grad_buffers=[torch.ones(8), shared[60:]])
+    before = raw(shared)
+    assert rig.offload(M)[M].num_tensors == 0
+    assert rig.offload(G)[G].num_tensors == 1
+    assert torch.equal(raw(shared), before)  # not dropped with the gradients
+    report = rig.offload(W)[W]
+    assert (report.num_tensors, report.device_bytes) == (3, 256)
+    blocks = junk([256, 32])
+    rig.engine.onload([W, M, G])
+    assert torch.equal(raw(shared), before)
+    assert not raw(rig.tensors[G][0]).any()
+    del blocks
+
+
+def test_nothing_is_released_before_everything_has_arrived():
+    rig = Rig(weights=[torch.randn(8)], optimizer_states=[torch.randn(8)], grad_buffers=[torch.randn(8)])
+    sizes = []
+
+    def confirm():
+        sizes.append(device_bytes(rig.all))
+
+    rig.device.confirm = confirm
+    rig.offload(W, S, G)
+    assert sizes == [96]
+    assert device_bytes(rig.all) == 0
+
+
+def test_the_device_is_waited_for_before_and_released_after():
+    rig = Rig(weights=[torch.randn(8), torch.randn(8)])
+    rig.offload(W)
+    assert rig.device.calls[0] == "synchronize"
+    assert rig.device.calls.index("confirm") < len(rig.device.calls) - 1
+    assert rig.device.calls[-1] == "release_cached"
+    rig.device.calls.clear()
+    rig.engine.onload([W])
+    assert rig.device.calls == ["synchronize", "confirm"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_needed_is_what_an_offload_then_takes(keep):
+    rig = Rig(weights=[torch.randn(100) for _ in range(5)], grad_buffers=[torch.randn(10)])
+    needed = rig.engine.needed(rig.inventory(), [W, M, S, G])
+    assert needed == {W: 5 * 512}
+    held = rig.engine.reserve(needed)
+    rig.offload(W, G, keep_grads=keep)
+    assert rig.engine.host_bytes == held + keep * 4096
+    assert rig.engine.needed(rig.inventory(), [W]) == {}
+    rig.engine.onload([W, G])
+
+
+def test_kinds_may_be_empty():
+    rig = Rig(weights=[])
+    assert rig.offload(W, M)[W].moved
+    assert rig.engine.residency(M) is Residency.OFFLOADED
+    reports, notes = rig.engine.onload([W, M, S])
+    assert [reports[k].moved for k in (W, M, S)] == [True, True, False]
+    assert notes == []
+
+
+def test_residency_is_in_between_while_moving():
+    rig = Rig(weights=[torch.randn(8)])
+    seen = []
+    rig.device.confirm = lambda: seen.append((rig.engine.residency(W), rig.engine.residency(M)))
+    rig.offload(W)
+    rig.engine.onload([W])
+    assert seen == [(Residency.OFFLOADING, Residency.RESIDENT), (Residency.ONLOADING, Residency.RESIDENT)]
+
+
+def test_tensors_that_join_and_leave_between_moves():
+    rig = Rig(weights=[torch.randn(10) for _ in range(4)])
+    for cycle in range(5):
+        rig.tensors[W][cycle % 4] = torch.randn(10 + cycle)
+        rig.tensors[W].append(torch.randn(3))
+        before = snapshot(rig.all)
+        rig.offload(W)
+        rig.engine.onload([W])
+        assert_same(before, snapshot(rig.all))
+
+
+def test_closing_forgets_the_bytes_and_says_so():
+    rig = Rig(weights=[torch.randn(8)], main_weights=[torch.randn(8)])
+    rig.offload(W)
+    rig.engine.close()
+    assert rig.engine.host_bytes == 0
+    assert rig.engine.residency(W) is Residency.OFFLOADED
+    assert rig.engine.residency(M) is Residency.RESIDENT

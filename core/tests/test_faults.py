@@ -1,0 +1,268 @@
+"""A move that fails at any step: all bytes recoverable, residency and guard truthful, the same call then works."""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from core_toys import KINDS, Trainer, assert_same, junk, raw, snapshot
+
+import megastow
+from megastow import (
+    DeviceMemoryError,
+    OffloadedError,
+    Residency,
+    TransferError,
+    create_memory_manager,
+    faults,
+)
+
+BACK = [name for name in faults.POINTS if name.startswith("onload")]
+OUT = [name for name in faults.POINTS if not name.startswith("onload")]
+ERRORS = (RuntimeError, MemoryError, KeyboardInterrupt)
+SIZES = {"bucket_bytes": 4096, "chunk_bytes": 512}
+TOKENS = torch.zeros(1, dtype=torch.long)
+
+
+@functools.cache
+def count(name, kinds):
+    """How often a move of `kinds` passes a point."""
+    trainer = Trainer()
+    trainer.step()
+    manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES)
+    with faults.inject(name, RuntimeError, after=1 << 40) as passed:
+        manager.offload(*kinds, keep_grads=True)
+        manager.onload()
+    return passed[0]
+
+
+def fails(call, name, error, after):
+    ours = TransferError if issubclass(error, Exception) else error
+    fault = faults.inject(name, lambda: error("injected"), after=after)
+    with fault as passed, pytest.raises(ours, match="injected") as raised:
+        call()
+    assert passed[0] > after
+    if issubclass(error, Exception):
+        assert isinstance(raised.value.__cause__, error)
+
+
+def assert_guarded(trainer, kind, away):
+    """The guard says the same as the residency."""
+    uses = {
+        "weights": lambda: trainer.model(TOKENS),
+        "main_weights": trainer.optimizer.step,
+        "optimizer_states": trainer.optimizer.state_dict,
+        "grad_buffers": trainer.optimizer.zero_grad,
+    }
+    if away:
+        with pytest.raises(OffloadedError, match=kind):
+            uses[kind]()
+    elif kind == "weights":
+        uses[kind]()
+
+
+@pytest.mark.parametrize("kinds", [("weights",), ("optimizer_states",), ("grad_buffers",), KINDS], ids="+".join)
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("name", faults.POINTS)
+def test_every_step_can_fail(name, error, kinds):
+    passes = count(name, kinds)
+    if not passes:
+        assert name.startswith("pack"), f"nothing passes {name}"
+        assert kinds == ("grad_buffers",)  # are never packed
+    for after in sorted({0, passes // 2, passes - 1}) if passes else ():
+        trainer = Trainer()
+        trainer.step()
+        before = snapshot(trainer.tensors())
+        manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES)
+        if name in BACK:
+            manager.offload(*kinds, keep_grads=True)
+            call, resting = manager.onload, Residency.OFFLOADED
+        else:
+            call, resting = lambda m=manager: m.offload(*kinds, keep_grads=True), Residency.RESIDENT
+        fails(call, name, error, after)
+        for kind in KINDS:
+            assert manager.residency(kind) is (resting if kind in kinds else Residency.RESIDENT)
+            assert_guarded(trainer, kind, manager.residency(kind) is Residency.OFFLOADED)
+        if resting is Residency.RESIDENT:
+            assert_same(before, snapshot(trainer.tensors()))
+        call()
+        blocks = junk([4096] * 4)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors()))
+        trainer.step()
+        del blocks
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("name", ["pack.bucket", "pack.repoint"])
+def test_a_packing_cut_short_is_finished_later_and_wastes_nothing(trainer, name, after):
+    before = snapshot(trainer.tensors())
+    sizes = {"bucket_bytes": 4096 if name == "pack.bucket" else 1 << 20}
+    manager = create_memory_manager(trainer.model, trainer.optimizer, **sizes)
+    fails(manager.offload, name, RuntimeError, after)
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.offload(keep_grads=True)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    other = Trainer()
+    other.step()
+    other.step()
+    undisturbed = create_memory_manager(other.model, other.optimizer, **sizes)
+    undisturbed.offload(keep_grads=True)
+    assert manager.host_bytes <= undisturbed.host_bytes + 4 * 4096
+    undisturbed.onload()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_gradients_that_are_not_kept_survive_every_fault_before_the_last_way_back(trainer, error):
+    before = snapshot(trainer.tensors())
+    manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES)
+    for name in ("offload.chunk", "offload.confirm", "offload.release", "offload.drop"):
+        fails(manager.offload, name, error, 0)
+        assert_same(before, snapshot(trainer.tensors()))
+    fails(lambda: manager.offload("grad_buffers"), "offload.drop", error, 0)
+    assert_same(before, snapshot(trainer.tensors()))
+
+
+@pytest.mark.parametrize("second", ["onload.reserve", "onload.chunk", "onload.confirm"])
+@pytest.mark.parametrize("kinds", [("weights",), KINDS], ids="+".join)
+def test_an_undoing_that_fails_too_leaves_everything_on_the_host(trainer, kinds, second):
+    before = snapshot(trainer.tensors())
+    manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES)
+    point = "offload.release"
+    after = count(point, kinds) - 1
+    first = faults.inject(point, lambda: RuntimeError("injected"), after=after)
+    undoing = faults.inject(second, lambda: MemoryError("no room to undo"))
+    with first, undoing, pytest.raises(TransferError, match=r"no room to undo.*in host memory"):
+        manager.offload(*kinds, keep_grads=True)
+    for kind in kinds:
+        assert manager.residency(kind) is Residency.OFFLOADED
+        assert_guarded(trainer, kind, away=True)
+    blocks = junk([4096] * 4)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    del blocks
+    trainer.step()
+
+
+def test_device_memory_that_is_gone_while_undoing(trainer, monkeypatch):
+    before = snapshot(trainer.tensors())
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    monkeypatch.setattr(manager._device, "free_bytes", lambda: 1)
+    fault = faults.inject("offload.release", lambda: RuntimeError("injected"), after=1)
+    with fault, pytest.raises(DeviceMemoryError, match="then onload") as raised:
+        manager.offload()
+    assert raised.value.free_bytes == 1
+    assert raised.value.needed_bytes > 0
+    assert manager.residency("weights") is Residency.OFFLOADED
+    with pytest.raises(DeviceMemoryError):
+        manager.onload()
+    monkeypatch.undo()
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+
+
+def test_device_memory_that_does_not_suffice_on_the_way_back(trainer, monkeypatch):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    with manager.offloaded():
+        monkeypatch.setattr(manager._device, "free_bytes", lambda: 0)
+        with pytest.raises(DeviceMemoryError):
+            manager.close()
+        assert_guarded(trainer, "weights", away=True)
+        monkeypatch.undo()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_only_known_points_can_be_armed():
+    with pytest.raises(ValueError, match=r"pack\.bucket"), faults.inject("pack.buckets", RuntimeError):
+        pass
+
+
+# --- an interruption at every line -----------------------------------------------------------------------------------
+
+_SOURCE = str(Path(megastow.__file__).parent)
+_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py")
+
+
+class _Interrupted(KeyboardInterrupt):
+    pass
+
+
+def interrupt(call, line):
+    """Raise at the given executed line of the code under test; returns whether there were so many."""
+    left = [line]
+
+    def watch(frame, event, _):
+        if event == "line":
+            left[0] -= 1
+            if left[0] < 0:
+                sys.settrace(None)
+                raise _Interrupted
+        return watch
+
+    def enter(frame, _event, _):
+        name = frame.f_code.co_filename
+        return watch if name.startswith(_SOURCE) and name.endswith(_WATCHED) else None
+
+    outer = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        call()
+    except _Interrupted:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+class Small:
+    """As little as has all four kinds."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(3, 2)
+        self.main = torch.nn.Parameter(torch.randn(4))
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), self.main], lr=0.1, momentum=0.9)
+        (self.model(torch.ones(1, 3)).sum() + self.main.sum()).backward()
+        self.optimizer.step()
+        self.grads = {p: p.grad for p in (*self.model.parameters(), self.main)}
+        self.kept = {
+            **dict(self.model.named_parameters()),
+            "main": self.main,
+            **{f"m{i}": s["momentum_buffer"] for i, s in enumerate(self.optimizer.state.values())},
+        }
+
+    def attributes(self):
+        return [dict(vars(self.model)), dict(vars(self.optimizer))]
+
+
+@pytest.mark.parametrize("direction", ["offload", "onload"])
+def test_an_interruption_at_any_line_loses_nothing(direction):
+    line, stride, ended = 0, 13, False
+    while not ended:
+        small = Small()
+        before, grads = snapshot(small.kept), snapshot(dict(enumerate(small.grads.values())))
+        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=2048, chunk_bytes=8)
+        attributes = small.attributes()
+        if direction == "onload":
+            manager.offload()
+        ended = not interrupt(getattr(manager, direction), line)
+        resting = {manager.residency(k) for k in KINDS}
+        assert resting <= {Residency.RESIDENT, Residency.OFFLOADED}, f"line {line}: {resting}"
+        is_away = manager.residency("weights") is Residency.OFFLOADED
+        assert ("forward" in vars(small.model)) == is_away, f"line {line}: the guard says otherwise"
+        if resting == {Residency.RESIDENT} and direction == "offload":
+            assert_same(before, snapshot(small.kept))
+            assert_same(grads, snapshot(dict(enumerate(small.grads.values()))))
+        manager.offload()
+        blocks = junk([8, 16, 24])
+        manager.onload()
+        assert_same(before, snapshot(small.kept))
+        assert not any(raw(g).any() for g in small.grads.values()), f"line {line}: half a gradient came back"
+        assert small.attributes() == attributes, f"line {line}: the guard left something behind"
+        manager.close()
+        del blocks
+        line += stride
+    assert line > 100

@@ -1,0 +1,267 @@
+"""Use of what is away raises, and nothing is left of the guard afterwards."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from core_toys import KINDS, assert_same, raw, run_python, snapshot
+
+from megastow import OffloadedError, create_memory_manager
+from megastow.guard import Guard, GuardedCall
+from megastow.state import StateKind
+
+TOKENS = torch.zeros(1, dtype=torch.long)
+
+
+def uses(trainer):
+    """Calls by the kind that they need; made while all is here, and looked up when called."""
+    model, optimizer = trainer.model, trainer.optimizer
+    state, moments = model.state_dict(), optimizer.state_dict()
+    weights = {
+        "model": lambda: model(TOKENS),
+        "model.forward": lambda: model.forward(TOKENS),
+        "submodule": lambda: model.norm(torch.zeros(16, dtype=torch.bfloat16)),
+        "state_dict": lambda: model.state_dict(),
+        "submodule.state_dict": lambda: model.head.state_dict(),
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "to": lambda: model.to(torch.float32),
+        "half": lambda: model.half(),
+        "share_memory": lambda: model.share_memory(),
+        "deepcopy": lambda: copy.deepcopy(model),
+        "copy": lambda: copy.deepcopy([model.layers[0]]),
+        "pickle": lambda: pickle.dumps(model),
+        "python pickle": lambda: pickle._dumps(model),
+        "torch.save": lambda: torch.save(model, io.BytesIO()),
+    }
+    steps = {
+        "step": lambda: optimizer.step(),
+        "step with a closure": lambda: optimizer.step(lambda: None),
+        "optimizer deepcopy": lambda: copy.deepcopy(optimizer),
+        "optimizer pickle": lambda: pickle.dumps(optimizer),
+    }
+    return {
+        "weights": {**weights, **steps},
+        "main_weights": steps,
+        "optimizer_states": {
+            **steps,
+            "optimizer.state_dict": lambda: optimizer.state_dict(),
+            "optimizer.load_state_dict": lambda: optimizer.load_state_dict(moments),
+        },
+        "grad_buffers": {
+            **steps,
+            "zero_grad": lambda: optimizer.zero_grad(),
+            "zero": lambda: optimizer.zero_grad(set_to_none=False),
+        },
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_use_is_refused_and_then_works(trainer, kind):
+    owners = [*trainer.model.modules(), trainer.optimizer]
+    before = snapshot(trainer.tensors())
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    attributes = [dict(vars(owner)) for owner in owners]
+    calls = uses(trainer)[kind]
+    manager.offload(kind, keep_grads=True)
+    for call in calls.values():
+        with pytest.raises(OffloadedError, match=rf"{kind}.*manager\.onload\('{kind}'\)"):
+            call()
+    manager.onload()
+    after = [dict(vars(owner)) for owner in owners]
+    assert [a.keys() for a in after] == [a.keys() for a in attributes]
+    assert all(x[k] is y[k] for x, y in zip(after, attributes, strict=True) for k in x)
+    assert_same(before, snapshot(trainer.tensors()))
+    trainer.model(TOKENS)
+    copy.deepcopy(trainer.model)(TOKENS)
+    trainer.step()
+    manager.close()
+
+
+def test_a_block_names_all_that_is_missing_and_only_that(trainer):
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    manager.offload("main_weights", "optimizer_states")
+    with pytest.raises(
+        OffloadedError, match=r"step of Adam needs main_weights, optimizer_states.*'main_weights', 'opt"
+    ):
+        trainer.optimizer.step()
+    trainer.model(TOKENS)
+    trainer.model.state_dict()
+    manager.onload("main_weights")
+    with pytest.raises(OffloadedError, match=r"step of Adam needs optimizer_states,"):
+        trainer.optimizer.step()
+    manager.onload()
+
+
+def test_attributes_that_were_on_the_instance_come_back(trainer):
+    """A learning-rate scheduler puts a wrapped `step` on the optimizer."""
+    scheduler = torch.optim.lr_scheduler.StepLR(trainer.optimizer, 1)
+    trainer.model.forward = lambda tokens, inner=trainer.model.forward: inner(tokens)
+    before = [dict(vars(trainer.optimizer)), dict(vars(trainer.model))]
+    assert "step" in before[0]
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    with manager.offloaded(), pytest.raises(OffloadedError):
+        trainer.optimizer.step()
+    manager.close()
+    assert [vars(trainer.optimizer), vars(trainer.model)] == before
+    trainer.step()
+    scheduler.step()
+
+
+def test_what_somebody_else_put_there_meanwhile_is_left_alone(trainer):
+    manager = create_memory_manager(trainer.model)
+    manager.offload()
+    trainer.model.forward = mine = lambda tokens: tokens
+    manager.onload()
+    assert trainer.model.forward is mine
+
+
+def test_managers_of_one_trainer_share_the_guard(trainer):
+    """Each blocks for what it took; whoever comes back first must not unblock the other, nor bring its block back."""
+    before = [dict(vars(o)) for o in (trainer.optimizer, *trainer.model.modules())]
+    first, second = (create_memory_manager(trainer.model, trainer.optimizer) for _ in range(2))
+    for early, late in ((first, second), (second, first)):
+        first.offload("weights", "main_weights")
+        second.offload("optimizer_states")
+        for manager in (early, late):
+            with pytest.raises(OffloadedError):
+                trainer.optimizer.step()
+            manager.onload()
+        trainer.optimizer.step()
+        trainer.model(TOKENS)
+    first.close()
+    second.close()
+    assert [dict(vars(o)) for o in (trainer.optimizer, *trainer.model.modules())] == before
+
+
+def test_copies_and_pickles_of_a_watched_module_are_free_of_us(trainer):
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    twin = copy.deepcopy(trainer.model)
+    data = io.BytesIO()
+    torch.save(trainer.model, data)
+    assert b"megastow" not in pickle.dumps(trainer.model)
+    data.seek(0)
+    loaded = torch.load(data, weights_only=False)
+    with manager.offloaded():
+        for other in (twin, loaded):
+            other(TOKENS).float().sum().backward()
+    manager.onload()
+
+
+def test_an_output_that_is_a_parameter_collects_no_hooks():
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), self.weight
+
+    model = Model(2, 2)
+    with create_memory_manager(model):
+        for _ in range(3):
+            model(torch.ones(1, 2))
+    assert not model.weight._backward_hooks
+
+
+def test_closing_twice_and_updating_with_nothing_is_fine():
+    guard, owner = Guard(), torch.nn.Linear(2, 2)
+    call = GuardedCall(owner, "forward", frozenset({StateKind.WEIGHTS}))
+    guard.update(frozenset(), lambda: [call])
+    guard.update({StateKind.WEIGHTS}, lambda: [call, call, GuardedCall(owner, "no_such_method", call.kinds)])
+    assert "no_such_method" not in vars(owner)
+    with pytest.raises(OffloadedError):
+        owner(torch.ones(2))
+    guard.close()
+    guard.close()
+    assert "forward" not in vars(owner)
+    owner(torch.ones(2))
+
+
+def test_a_guard_whose_calls_cannot_be_listed_is_brought_in_line_by_the_next_move():
+    guard, owner = Guard(), torch.nn.Linear(2, 2)
+
+    def broken():
+        raise RuntimeError("the adapter failed")
+
+    with pytest.raises(RuntimeError):
+        guard.update({StateKind.WEIGHTS}, broken)
+    call = GuardedCall(owner, "forward", frozenset({StateKind.WEIGHTS}))
+    unguardable = GuardedCall(object(), "__deepcopy__", call.kinds)
+    with pytest.raises(TypeError):
+        guard.update({StateKind.WEIGHTS}, lambda: [unguardable, call])
+    guard.update({StateKind.WEIGHTS}, lambda: [call])
+    with pytest.raises(OffloadedError):
+        owner(torch.ones(2))
+    guard.update(frozenset(), broken)
+    owner(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m]
+)
+def test_compiled_modules_are_guarded_too(compiled):
+    model = compiled(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    expected = raw(model(torch.ones(1, 2)))
+    manager = create_memory_manager(model)
+    with manager.offloaded(), pytest.raises(OffloadedError):
+        model(torch.ones(1, 2))
+    assert torch.equal(expected, raw(model(torch.ones(1, 2))))
+
+
+def test_backward_through_an_older_graph_raises_instead_of_crashing():
+    """In a process of its own: without the guard this is a segmentation fault."""
+    print(
+        run_python("""
+import dataclasses, collections
+import torch
+from megastow import OffloadedError, create_memory_manager
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    rest: object = None
+
+Pair = collections.namedtuple("Pair", "a b")
+shapes = {
+    "tensor": (lambda y: y, lambda o: o),
+    "tuple": (lambda y: (None, (y, 1)), lambda o: o[1][0]),
+    "namedtuple": (lambda y: Pair(1, y), lambda o: o.b),
+    "list": (lambda y: [y], lambda o: o[0]),
+    "dict": (lambda y: {"a": {"b": [y]}}, lambda o: o["a"]["b"][0]),
+    "ordered": (lambda y: collections.OrderedDict(a=y), lambda o: o["a"]),
+    "dataclass": (lambda y: Output(y), lambda o: o.logits),
+    "nested dataclass": (lambda y: Output(None, [y]), lambda o: o.rest[0]),
+}
+
+class Model(torch.nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.layers(x))
+
+for name, (wrap, unwrap) in shapes.items():
+    for kind in ("weights", "grad_buffers"):
+        torch.manual_seed(0)
+        model = Model(wrap)
+        manager = create_memory_manager(model)
+        unwrap(model(torch.ones(2, 64))).sum().backward()
+        y = unwrap(model(torch.ones(2, 64)))
+        y = y.mul_(2) if name == "list" else y
+        manager.offload(kind, keep_grads=True)
+        before = None
+        try:
+            y.sum().backward(retain_graph=True)
+        except OffloadedError as error:
+            assert "backward needs " + kind in str(error), error
+        else:
+            raise SystemExit(f"{name}: went through without {kind}")
+        manager.onload()
+        grad = model.layers[0].weight.grad.clone()
+        y.sum().backward()
+        expected = grad * (3 if name == "list" else 2)
+        assert torch.equal(model.layers[0].weight.grad, expected), name
+        manager.close()
+print("all raised")
+""")
+    )

@@ -1,0 +1,158 @@
+"""Host memory: exact size, pieces, reuse, and all of it given back."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from core_toys import run_python
+
+from megastow import faults, machine
+from megastow.device import CpuDevice
+from megastow.errors import HostMemoryError
+from megastow.host import HostArena, HostRegion, align_up, check_host_memory
+
+PAGE = machine.PAGE_BYTES
+
+
+class Locks(CpuDevice):
+    """A device that notes which pages are locked, and refuses from some lock on."""
+
+    def __init__(self, refuse_from=1 << 40):
+        super().__init__(torch.device("cpu"))
+        self.locked = {}
+        self._left = refuse_from
+
+    def lock_pages(self, address, nbytes):
+        self._left -= 1
+        if self._left < 0:
+            raise HostMemoryError("refused")
+        assert address % PAGE == 0
+        self.locked[address] = nbytes
+
+    def unlock_pages(self, address):
+        del self.locked[address]
+
+
+def test_align_up():
+    assert [align_up(n) for n in (0, 1, 511, 512, 513)] == [0, 512, 512, 512, 1024]
+    assert align_up(5, 4) == 8
+
+
+@pytest.mark.parametrize("nbytes", [1, PAGE - 1, PAGE, 5 * PAGE + 1])
+def test_a_region_has_exactly_the_pages_it_needs_and_all_are_locked(nbytes):
+    device = Locks()
+    region = HostRegion(nbytes, device, piece_bytes=2 * PAGE)
+    assert region.nbytes == region.bytes.nbytes == align_up(nbytes, PAGE)
+    assert sum(device.locked.values()) == region.nbytes
+    assert max(device.locked.values()) <= 2 * PAGE
+    region.bytes.fill_(7)
+    region.close()
+    region.close()
+    assert not device.locked
+    assert region.bytes.nbytes == 0
+
+
+def test_no_chunk_spans_two_pieces():
+    region = HostRegion(10 * PAGE, Locks(), piece_bytes=3 * PAGE)
+    for offset, nbytes, chunk in (
+        (0, 10 * PAGE, 1 << 40),
+        (512, 9 * PAGE, 2 * PAGE),
+        (3 * PAGE - 512, 1024, PAGE),
+        (0, 1, 1),
+    ):
+        chunks = list(region.chunks(offset, nbytes, chunk))
+        assert [start for start, _ in chunks] == [sum(n for _, n in chunks[:i]) for i in range(len(chunks))]
+        assert sum(n for _, n in chunks) == nbytes
+        for start, length in chunks:
+            assert 0 < length <= chunk
+            first, last = offset + start, offset + start + length - 1
+            assert first // (3 * PAGE) == last // (3 * PAGE)
+
+
+def test_a_refused_lock_leaves_nothing_locked():
+    device = Locks(refuse_from=2)
+    with pytest.raises(HostMemoryError):
+        HostRegion(8 * PAGE, device, piece_bytes=2 * PAGE)
+    assert not device.locked
+    with faults.inject("host.lock", lambda: KeyboardInterrupt(), after=1), pytest.raises(KeyboardInterrupt):
+        HostRegion(8 * PAGE, Locks(), piece_bytes=2 * PAGE)
+
+
+def test_a_region_nobody_holds_is_unlocked():
+    device = Locks()
+    region = HostRegion(PAGE, device)
+    gc.disable()
+    try:
+        del region
+        assert not device.locked
+    finally:
+        gc.enable()
+
+
+def test_a_size_that_no_machine_has_is_refused():
+    with pytest.raises(HostMemoryError, match="could not be mapped"):
+        HostRegion(1 << 62, Locks())
+    with pytest.raises(HostMemoryError, match="can be had"):
+        check_host_memory(1 << 60)
+
+
+def test_the_arena_reuses_replaces_and_forgets():
+    arena = HostArena(Locks())
+    first = arena.reserve("a", 100)
+    assert arena.reserve("a", PAGE) is first  # the same pages
+    assert arena.reserve("b", 3 * PAGE) is not first
+    assert arena.nbytes == 4 * PAGE
+    gone = weakref.ref(first)
+    del first
+    assert arena.reserve("a", PAGE + 1).nbytes == 2 * PAGE
+    assert gone() is None
+    assert arena.nbytes == 5 * PAGE
+    arena.close()
+    arena.close()
+    assert arena.nbytes == 0
+
+
+def test_the_arena_checks_everything_together_and_counts_what_it_holds(monkeypatch):
+    arena = HostArena(Locks())
+    arena.reserve("a", 4 * PAGE)
+    asked = []
+    monkeypatch.setattr("megastow.host.check_host_memory", asked.append)
+    arena.check({"a": 4 * PAGE, "b": 1, "c": PAGE})
+    arena.check({"a": 4 * PAGE})
+    arena.check({"a": PAGE, "b": 2 * PAGE})
+    assert asked == [2 * PAGE]
+    assert arena.nbytes == 4 * PAGE
+
+
+def test_memory_is_given_back_and_a_view_outlives_its_region():
+    run_python(f"""
+import torch
+from pathlib import Path
+from megastow.device import CpuDevice
+from megastow.host import HostArena, HostRegion
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * {PAGE}
+
+size = 512 << 20
+device = CpuDevice(torch.device("cpu"))
+before = resident()
+arena = HostArena(device)
+region = arena.reserve("x", size)
+assert resident() - before > 0.95 * size, "not touched"
+region.bytes.fill_(1)
+assert resident() - before < 1.05 * size + (8 << 20), "more than its size"
+del region
+arena.close()
+assert resident() - before < (32 << 20), "not given back"
+
+region = HostRegion(1 << 20, device)
+view = region.bytes[-8:]
+view.fill_(9)
+region.close()
+assert view.tolist() == [9] * 8
+view.fill_(3)
+del region
+assert view.tolist() == [3] * 8
+""")
