@@ -189,6 +189,7 @@ class CudaDevice(Device):
         with torch.cuda.device(self.torch_device):
             code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _HOST_REGISTER_PORTABLE))
         if code:
+            self._forget_error()
             limit = machine.host_limits().memlock_bytes
             raise HostMemoryError(
                 f"page-locking {format_bytes(nbytes)} of host memory failed with CUDA error {code} "
@@ -200,7 +201,13 @@ class CudaDevice(Device):
     def unlock_pages(self, address: int) -> None:
         code = int(torch.cuda.cudart().cudaHostUnregister(address))
         if code:
+            self._forget_error()
             logger.warning("unlocking host memory at %#x failed with CUDA error %d", address, code)
+
+    def _forget_error(self) -> None:
+        """Take the error of a failed call off the runtime, or the next kernel launch would report it as its own."""
+        with contextlib.suppress(RuntimeError):
+            torch.empty(1, device=self.torch_device).fill_(0)
 
     def numa_node(self) -> int | None:
         properties = torch.cuda.get_device_properties(self.torch_device)

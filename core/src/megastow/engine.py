@@ -121,7 +121,7 @@ class Engine:
         are packed for the first time.
 
         Args:
-            inventory: makes the inventory; called anew after packing, which changes what lies where.
+            inventory: makes the inventory; called anew after a packing, which changes what lies where.
             kinds: what to move; kinds that are away already are passed over.
             keep_grads: copy gradient buffers too.
 
@@ -138,9 +138,10 @@ class Engine:
             self._arena.check(_host_sizes(records, keep_grads))
             if self._flat.pack(records):
                 self._device.synchronize()
-            del records  # they hold storages
+                records = self.find(inventory(), moving)
             clock = _KindClock()
-            plans = self._plan(self.find(inventory(), moving), moving, keep_grads, clock)
+            plans = self._plan(records, moving, keep_grads, clock)
+            del records  # they hold storages
             self._copy_out(plans, clock)
             self._release(plans, clock)
             for kind, entries in plans.items():
@@ -179,6 +180,10 @@ class Engine:
                 del self._parked[kind]
         return reports, notes
 
+    def settle(self) -> None:
+        """Show residencies as they are between moves; the end of every move, which an interruption may have skipped."""
+        self._moving.clear()
+
     def close(self) -> None:
         """Give host memory back. What is parked is lost: tensors on it stay empty, and its kinds stay offloaded."""
         self._parked = {kind: [] for kind in self._parked}
@@ -206,7 +211,7 @@ class Engine:
                 f"All of it is {where}, and the call can be made again"
             ) from error
         finally:
-            self._moving.clear()
+            self.settle()
 
     def _plan(
         self, records: Sequence[StorageRecord], kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock
@@ -255,15 +260,14 @@ class Engine:
                             parked.released = True
                             parked.storage.resize_(0)
             faults.point("offload.drop")
+            self._drop(plans, clock)
         except BaseException:
+            if any(p.released and p.host is None for entries in plans.values() for p in entries):
+                self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
+                raise
             self._refill(plans, _KindClock())
             for kind in plans:
                 self._parked.pop(kind, None)
-            raise
-        try:
-            self._drop(plans, clock)
-        except BaseException:  # no way back; half dropped would be neither the old gradients nor zeros
-            self._drop(plans, _KindClock())
             raise
         self._device.release_cached()
 

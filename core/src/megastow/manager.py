@@ -330,17 +330,24 @@ class MemoryManager:
             self._check_open()
             move = _Move(direction, self._device.memory())
             try:
-                yield move
-            finally:
-                self._guard.update(self._away(), self._trainer.guarded_calls)
+                try:
+                    yield move
+                finally:
+                    self._settle()
+            except BaseException:  # what interrupted may have been the settling; state without its guard would crash
+                self._settle()
+                raise
             move.finish(self._device.memory())
             for kind in kinds:
                 if not move.kinds[kind].moved:
                     move.notes.append(f"{kind} was {self.residency(kind)} already")
             logger.info("%s", move.report())
 
-    def _away(self) -> frozenset[StateKind]:
-        return frozenset(k for k in ALL_KINDS if self._engine.residency(k) is not Residency.RESIDENT)
+    def _settle(self) -> None:
+        """Bring the guard in line with where things are. Doing it again is fine."""
+        self._engine.settle()
+        away = frozenset(k for k in ALL_KINDS if self._engine.residency(k) is not Residency.RESIDENT)
+        self._guard.update(away, self._trainer.guarded_calls)
 
     def _finish_preparing(self) -> None:
         """Wait for a preparation under way; what failed it fails the move that needs the memory, if it still does."""
