@@ -11,6 +11,7 @@ build and every step seeds all random state anew.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -19,6 +20,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,12 +101,19 @@ def init_distributed(rank: int = 0, world: int = 1, store: Store | None = None) 
 
 
 def _init_model_parallel(expert_parallel: int) -> None:
-    """Sets up ``parallel_state``; a layout that fits is kept, because Megatron never frees process groups."""
+    """Sets up ``parallel_state``; a layout that fits is kept, and the groups of another are freed.
+
+    Megatron only forgets its process groups. With NCCL each holds memory of the device, gigabytes after a few layouts.
+    """
     parallel_state = _core("parallel_state")
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_expert_model_parallel_world_size() == expert_parallel:
             return
         parallel_state.destroy_model_parallel()
+        dist: Any = torch.distributed  # it declares no exports
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
 
 
@@ -435,18 +444,17 @@ class MegatronCoreTrainer:
         return output.float().mean()
 
     def checkpoint(self) -> dict[str, Any]:
-        """This rank's state as Megatron's own ``state_dict`` methods give it, and what they leave out; see ``Trainer``."""
+        """What Megatron's own ``state_dict`` methods give, and the shards that they leave out; see ``Trainer``."""
         with self._whole_weights():
-            return _through_a_file(
-                {
-                    "model": [chunk.state_dict() for chunk in self.model],
-                    "optimizer": self.optimizer.state_dict(),
-                    "shards": [
-                        {"inner": link.optimizer.state_dict(), "main": _stepped_on(link.optimizer)}
-                        for link in _distributed_links(self.optimizer)
-                    ],
-                }
-            )
+            state: dict[str, Any] = {
+                "model": [chunk.state_dict() for chunk in self.model],
+                "optimizer": self.optimizer.state_dict(),
+                "shards": [
+                    {"inner": link.optimizer.state_dict(), "main": _stepped_on(link.optimizer)}
+                    for link in _distributed_links(self.optimizer)
+                ],
+            }
+            return _through_a_file(state)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Megatron's own ``load_state_dict`` methods in Megatron's order, then the shards; see ``Trainer``.
@@ -454,7 +462,9 @@ class MegatronCoreTrainer:
         Megatron's own loading of shards, ``load_parameter_state_from_dp_zero``, expects the optimizers of Apex or
         Transformer Engine: with torch's, it fails on the state "step".
         """
-        state = _through_a_file(checkpoint)  # what is loaded becomes the optimizers' own
+        # What is loaded becomes the optimizers' own. A deep copy also takes it out of the memory of `torch.load`, which
+        # no storage can be resized in; with a GPU, the move to the device does that.
+        state = copy.deepcopy(checkpoint)
         for chunk, saved in zip(self.model, state["model"], strict=True):
             chunk.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -463,6 +473,38 @@ class MegatronCoreTrainer:
             for group, saved_group in zip(_stepped_on(link.optimizer), saved["main"], strict=True):
                 for main, saved_main in zip(group, saved_group, strict=True):
                     main.copy_(saved_main)
+
+    def save_sharded(self, folder: Path) -> None:
+        """Saves with ``megatron.core.dist_checkpointing`` in the format ``torch_dist``; see ``Trainer``."""
+        with self._whole_weights(), shim.answered_synchronize():
+            _core("dist_checkpointing").save(self._sharded_state(is_loading=False), str(folder))
+
+    def load_sharded(self, folder: Path) -> None:
+        """Loads what ``save_sharded`` saved; see ``Trainer``.
+
+        Megatron's distributed optimizer expects an inner one of Apex or Transformer Engine, which keeps no number of
+        steps with each parameter. Torch's does, so it is taken out of the way while Megatron loads.
+        """
+        with contextlib.ExitStack() as stack:
+            for link in _distributed_links(self.optimizer):
+                if isinstance(link.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+                    stack.enter_context(_steps_out_of_the_way(link))
+            state = _core("dist_checkpointing").load(self._sharded_state(is_loading=True), str(folder))
+            for i, chunk in enumerate(self.model):
+                _unwrapped(chunk).load_state_dict(state[f"model{i}"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        """What Megatron's training loop hands to ``dist_checkpointing``."""
+        metadata = _sharding_metadata(self.scenario)
+        state: dict[str, Any] = {}
+        for i, chunk in enumerate(self.model):
+            state[f"model{i}"] = _unwrapped(chunk).sharded_state_dict(metadata=metadata)
+            if len(self.model) > 1:
+                # Without a pipeline, Megatron numbers the layers of each chunk from 0: their names would collide.
+                _core("dist_checkpointing.utils").add_prefix_for_sharding(state[f"model{i}"], f"chunk{i}.")
+        optimizer_state = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        return {**state, "optimizer": optimizer_state}
 
     @contextlib.contextmanager
     def _whole_weights(self) -> Iterator[None]:
@@ -571,12 +613,60 @@ def _stepped_on(inner: Any) -> list[list[torch.Tensor]]:
     return [[parameter.detach() for parameter in group["params"]] for group in inner.param_groups]
 
 
-def _through_a_file(value: Any) -> Any:
+def _unwrapped(chunk: Any) -> Any:
+    """The GPTModel inside DDP and Float16Module."""
+    return chunk.module.module
+
+
+def _sharding_metadata(scenario: Scenario) -> dict[str, Any]:
+    """How the state is to be laid out, in Megatron's words.
+
+    The distributed optimizer's layout is the default of Megatron's training loop from 0.16 on, and up to 0.14. In 0.15
+    the new default cannot be saved with torch's optimizers.
+    """
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True}
+    if scenario.frozen:
+        metadata["non_homogeneous_layers"] = True  # a frozen layer has no optimizer state to be stacked with others'
+    if scenario.distributed_optimizer:
+        is_new = load() >= Version("0.16")
+        metadata["distrib_optim_sharding_type"] = "dp_reshardable" if is_new else "fully_sharded_model_space"
+    return metadata
+
+
+@contextlib.contextmanager
+def _steps_out_of_the_way(link: Any) -> Iterator[None]:
+    """Lets a distributed optimizer load as if the torch optimizer inside kept no "step" with each parameter.
+
+    Found there, it ends the loading with a KeyError or keeps its old value, and it must be there when Megatron begins,
+    or an assertion fails. What Megatron sets it to is put back at the end, each parameter with a tensor of its own:
+    Megatron gives all the same one, which then counts each step once for each parameter.
+    """
+    inner = link.optimizer
+    steps: dict[torch.Tensor, torch.Tensor] = {}
+
+    def take(loaded: Any) -> None:
+        for parameter, state in loaded.state.items():
+            if "step" in state:
+                steps[parameter] = state.pop("step").clone()
+
+    link.init_state_fn(inner)
+    for state in inner.state.values():
+        state.setdefault("step", torch.tensor(0.0))
+    handle = inner.register_load_state_dict_post_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for parameter, step in steps.items():
+            inner.state[parameter]["step"] = step
+
+
+def _through_a_file(value: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that shares nothing with the original, made the way in which checkpoints are saved."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=False)
+    return torch.load(file, map_location="cpu", weights_only=False)  # type: ignore[no-any-return]
 
 
 def _ignore(point: Point) -> None:

@@ -249,12 +249,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the tests of one worker group next to each other, after all other tests."""
+    """Puts the tests of one worker group next to each other, after all other tests.
+
+    Within a group, those of one expert-parallel layout: another layout means other process groups.
+    """
     rows = [row.id for row in config.stash[_PLAN].rows]
 
-    def key(item: pytest.Item) -> tuple[int, int]:
+    def key(item: pytest.Item) -> tuple[int, int, int]:
         target = _target(item)
-        return (-1, 0) if target is None else (rows.index(target.row.id), target.world)
+        if target is None:
+            return (-1, 0, 0)
+        return (rows.index(target.row.id), target.world, target.scenario.expert_parallel)
 
     items.sort(key=key)
 

@@ -107,8 +107,42 @@ class Scenario:
         Returns:
             The reason, or ``None`` if it can.
         """
-        parsed = Version(str(version))
-        return next((limit.reason for limit in self.limits if limit.covers(parsed, device)), None)
+        return _first_reason(self.limits, version, device)
+
+    @property
+    def restore_unsupported(self) -> str | None:
+        """Why Megatron cannot load a checkpoint of this scenario, though it can train it; ``None`` if it can."""
+        if self.cpu_offload_fraction:
+            return "HybridDeviceOptimizer's own load hook ends in a KeyError (seen on 0.16.1, without megastow)"
+        return None
+
+    def sharded_checkpoint_unsupported_on(self, version: str | Version, device: DeviceType = "cpu") -> str | None:
+        """Why Megatron cannot save this scenario with ``dist_checkpointing`` there, though it can train it.
+
+        Args:
+            version: A megatron-core version.
+            device: The device type it would run on.
+
+        Returns:
+            The reason, or ``None`` if it can.
+        """
+        if self.model == "toy":
+            return "only Megatron's own modules know how their state is sharded"
+        return _first_reason(_SHARDED_CHECKPOINT_LIMITS, version, device)
+
+
+def _first_reason(limits: tuple[Limit, ...], version: str | Version, device: DeviceType) -> str | None:
+    parsed = Version(str(version))
+    return next((limit.reason for limit in limits if limit.covers(parsed, device)), None)
+
+
+_SHARDED_CHECKPOINT_LIMITS = (
+    Limit(
+        "before 0.13, distributed checkpoints are written by a private function of torch (_write_item) whose arguments "
+        "have changed since",
+        before="0.13",
+    ),
+)
 
 
 _NO_HYBRID = (

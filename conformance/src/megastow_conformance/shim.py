@@ -58,6 +58,8 @@ def install(core_version: Version) -> None:
         _stand_in_for_apex()
     if core_version < Version("0.9") and _is_missing("pkg_resources"):
         _stand_in_for_pkg_resources()
+    if _is_missing("psutil"):
+        _stand_in_for_psutil()
     if core_version >= Version("0.18") and _is_missing("triton"):
         _stand_in_for_triton()
     if not torch.cuda.is_available():
@@ -82,12 +84,29 @@ def install_gpt(core_version: Version) -> None:
             _answer_histogram_of_integers()
 
 
+@contextlib.contextmanager
+def answered_synchronize() -> Iterator[None]:
+    """Lets a block of Megatron's code wait for a device that may not be there.
+
+    No longer than the block, unlike everything else here: megastow must not wait unasked, and a test is to see it.
+    """
+    original = torch.cuda.synchronize
+    if not torch.cuda.is_available():
+        setattr(torch.cuda, "synchronize", lambda *args: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(torch.cuda, "synchronize", original)  # noqa: B010
+
+
 def post_import(core_version: Version) -> None:
-    """Repairs, after the import, what a release gets wrong when Transformer Engine is not installed.
+    """Repairs, after the import, what a release gets wrong with a newer NumPy or without Transformer Engine.
 
     Args:
         core_version: What ``find_core_version`` says.
     """
+    if core_version < Version("0.16"):
+        _repair_numpy_product()
     if not _is_missing("transformer_engine"):
         return
     if Version("0.12") <= core_version < Version("0.13"):
@@ -350,6 +369,21 @@ def _stand_in_for_pkg_resources() -> None:
     )
 
 
+class _Process:
+    """A process that uses no memory."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def memory_info(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(rss=0)
+
+
+def _stand_in_for_psutil() -> None:
+    """Distributed checkpoints log with it how much memory their writers use, and fail or hang without it."""
+    _stand_in("psutil", Process=_Process)
+
+
 class _Anything:
     """Stands for any name of a package whose code never runs here: decorators decorate, the rest goes nowhere."""
 
@@ -393,7 +427,14 @@ def _stand_in_for_triton() -> None:
         _register(_ModuleOfAnything(name))
 
 
-# --- repairs of releases without Transformer Engine -------------------------------------------------------------------
+# --- repairs of releases --------------------------------------------------------------------------------------------
+
+
+def _repair_numpy_product() -> None:
+    """Distributed checkpoints before 0.16 multiply shapes with a function that NumPy 2 has no more."""
+    numpy: Any = importlib.import_module("numpy")
+    if not hasattr(numpy, "product"):
+        numpy.product = numpy.prod
 
 
 def _repair_quantize_of_nothing() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import shutil
+import tempfile
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from megastow_conformance.checks.common import (
     trained,
     twin,
 )
+from megastow_conformance.scenarios import DeviceType
 from megastow_conformance.trainer import Point, StepRecord, Trainer
 
 _GRADS_ARE_DEAD = (Point.AFTER_STEP, Point.AFTER_ZERO_GRAD)
@@ -128,16 +132,17 @@ def grads(case: Case) -> None:
 
 def load_state_dict(case: Case) -> None:
     """A load of model and optimizer state between two cycles is an ordinary thing, and leaves no memory behind."""
+    _need_restore(case)
     trainer = trained(case)
     manager = case.manager(trainer, bucket_bytes=32 << 10)
-    saved = save(trainer)
+    saved = trainer.checkpoint()
     cycle(case, manager, trainer)
     for _ in range(3):
-        load(trainer, saved)
+        trainer.restore(saved)
         cycle(case, manager, trainer)
     host_bytes, device_bytes = manager.host_bytes, _device_bytes(case)
     for _ in range(3):
-        load(trainer, saved)
+        trainer.restore(saved)
         cycle(case, manager, trainer)
     assert manager.host_bytes == host_bytes, "host memory grows with each load"
     assert _device_bytes(case) == device_bytes, "device memory grows with each load"
@@ -146,50 +151,61 @@ def load_state_dict(case: Case) -> None:
 
 def checkpoint(case: Case) -> None:
     """What is saved after a cycle is what would have been saved without it, and a fresh trainer goes on from it."""
+    _need_restore(case)
     undisturbed = trained(case)
-    plain = save(undisturbed)
+    plain = oracle.snapshot(_leaves(undisturbed.checkpoint()))
     undisturbed.close()
     trainer = trained(case)
     manager = case.manager(trainer)
     cycle(case, manager, trainer)
-    saved = save(trainer)
-    oracle.assert_same(oracle.snapshot(_leaves(plain)), oracle.snapshot(_leaves(saved)), "checkpoint")
+    saved = trainer.checkpoint()
+    oracle.assert_same(plain, oracle.snapshot(_leaves(saved)), "checkpoint")
     fresh = case.build()
     fresh_manager = case.manager(fresh)
     cycle(case, fresh_manager, fresh)
-    load(fresh, saved)
+    fresh.restore(saved)
     cycle(case, fresh_manager, fresh)
     assert_continues(case, fresh)
 
 
-def save(trainer: Trainer) -> Any:
-    """Model and optimizer state as Megatron's own methods give it, through a file as `torch.save` writes it."""
-    state = {
-        "model": [chunk.state_dict() for chunk in trainer.model],
-        "optimizer": trainer.optimizer.state_dict(),
-        "parameters": [leaf.get_parameter_state_dp_zero() for leaf in _distributed(trainer.optimizer)],
-    }
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+def checkpoint_sharded(case: Case) -> None:
+    """The same with Megatron's distributed checkpoints: one saved before a cycle and one after it are as good."""
+    reason = case.scenario.sharded_checkpoint_unsupported_on(case.row.megatron, _device_type(case))
+    if reason is not None:
+        case.skip(reason)
+    before, after = _shared_folder(case), _shared_folder(case)
+    trainer = trained(case)
+    manager = case.manager(trainer)
+    trainer.save_sharded(before)
+    cycle(case, manager, trainer)
+    trainer.save_sharded(after)
+    assert_continues(case, trainer)
+    for folder in (before, after):
+        fresh = case.build()
+        fresh_manager = case.manager(fresh)
+        cycle(case, fresh_manager, fresh)
+        fresh.load_sharded(folder)
+        cycle(case, fresh_manager, fresh)
+        assert_continues(case, fresh)
 
 
-def load(trainer: Trainer, state: Any) -> None:
-    """The opposite of `save`, in Megatron's order."""
-    for chunk, part in zip(trainer.model, state["model"], strict=True):
-        chunk.load_state_dict(part)
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    for leaf, part in zip(_distributed(trainer.optimizer), state["parameters"], strict=True):
-        leaf.load_parameter_state_from_dp_zero(part)
+def _need_restore(case: Case) -> None:
+    if case.scenario.restore_unsupported is not None:
+        case.skip(case.scenario.restore_unsupported)
 
 
-def _distributed(optimizer: Any) -> list[Any]:
-    """The distributed optimizers of a chain, which keep their state out of `state_dict`."""
-    children = getattr(optimizer, "chained_optimizers", None)
-    if children is not None:
-        return [leaf for child in children for leaf in _distributed(child)]
-    return [optimizer] if hasattr(optimizer, "get_parameter_state_dp_zero") else []
+def _shared_folder(case: Case) -> Path:
+    """A new folder that every rank knows, removed when the check is over."""
+    name = [""]
+    if case.rank == 0:
+        name = [tempfile.mkdtemp(prefix="megastow-")]
+        case.on_close(partial(shutil.rmtree, name[0], ignore_errors=True))
+    torch.distributed.broadcast_object_list(name)
+    return Path(name[0])
+
+
+def _device_type(case: Case) -> DeviceType:
+    return "cuda" if case.device.type == "cuda" else "cpu"
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, torch.Tensor]:

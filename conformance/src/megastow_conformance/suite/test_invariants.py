@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megastow_conformance.checks import faults, interface, moves, training
 from megastow_conformance.plugin import Conformance
 
@@ -80,6 +82,11 @@ def test_checkpoint(conformance: Conformance) -> None:
 
 def test_checkpoint_load_state_dict(conformance: Conformance) -> None:
     conformance.run(training.load_state_dict)
+
+
+@pytest.mark.megastow(scenarios=lambda scenario: scenario.model == "gpt")
+def test_checkpoint_sharded(conformance: Conformance) -> None:
+    conformance.run(training.checkpoint_sharded)
 
 
 def test_select(conformance: Conformance) -> None:
