@@ -97,7 +97,7 @@ def test_the_device_is_waited_for_before_and_released_after():
 def test_needed_is_what_an_offload_then_takes(keep):
     rig = Rig(weights=[torch.randn(100) for _ in range(5)], grad_buffers=[torch.randn(10)])
     needed = rig.engine.needed(rig.inventory(), [W, M, S, G])
-    assert needed == {W: 5 * 512}
+    assert needed == {(W, False): 5 * 512}
     held = rig.engine.reserve(needed)
     rig.offload(W, G, keep_grads=keep)
     assert rig.engine.host_bytes == held + keep * 4096
@@ -141,3 +141,29 @@ def test_closing_forgets_the_bytes_and_says_so():
     assert rig.engine.host_bytes == 0
     assert rig.engine.residency(W) is Residency.OFFLOADED
     assert rig.engine.residency(M) is Residency.RESIDENT
+
+
+def test_passing_tensors_have_host_memory_of_their_own():
+    lasting, passing = torch.randn(4096), [torch.randn(64)]
+    rig = Rig(weights=[lasting])
+    plain = rig.inventory
+
+    def inventory():
+        found = plain()
+        group = found.group(W, "left by a forward pass", transient=True)
+        for number, tensor in enumerate(passing):
+            group.add(f"left[{number}]", tensor)
+        return found
+
+    rig.inventory = inventory
+    addresses = set()
+    for size in (64, 5000, 3):
+        passing[:] = [torch.randn(size), torch.randn(size)]
+        tensors = Tensors(lasting=lasting, first=passing[0], second=passing[1])
+        before = snapshot(tensors)
+        rig.engine.offload(inventory, [W], keep_grads=False)
+        assert device_bytes(tensors) == 0
+        addresses.add(rig.engine._arena._regions[W, False].bytes.data_ptr())
+        rig.engine.onload([W])
+        assert_same(before, snapshot(tensors))
+    assert len(addresses) == 1, "the memory of lasting state was locked anew because of what passes"

@@ -49,7 +49,8 @@ def named_parameters(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, 
 
 def add_modules(inventory: Inventory, modules: Sequence[torch.nn.Module]) -> None:
     """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies)."""
-    group = inventory.group(StateKind.WEIGHTS, "parameters, buffers and tensor attributes of the modules")
+    group = inventory.group(StateKind.WEIGHTS, "parameters and buffers")
+    others = inventory.group(StateKind.WEIGHTS, "tensor attributes of modules", transient=True)
     for index, root in enumerate(modules):
         prefix = f"chunk{index}" if len(modules) > 1 else ""
         for path, module in root.named_modules(prefix=prefix):
@@ -57,7 +58,7 @@ def add_modules(inventory: Inventory, modules: Sequence[torch.nn.Module]) -> Non
             for table in ("_parameters", "_buffers"):
                 for name, tensor in attributes[table].items():
                     group.add(f"{path}.{name}" if path else name, tensor)
-            add_attributes(group, path, module, skip=_OWN_TABLES)
+            add_attributes(others, path, module, skip=_OWN_TABLES)
 
 
 def add_attributes(group: TensorGroup, path: str, owner: object, *, skip: frozenset[str] = frozenset()) -> None:

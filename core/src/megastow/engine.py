@@ -32,6 +32,9 @@ from megastow.transport import HostSlice, Transport
 
 DEFAULT_BUCKET_BYTES = 512 << 20
 
+RegionKey = tuple[StateKind, bool]
+"""What has a region of host memory to itself: a kind's lasting state, and what is transient of it."""
+
 
 @dataclass
 class Parked:
@@ -89,7 +92,7 @@ class Engine:
 
     # --- moves ---------------------------------------------------------------------------------------------------
 
-    def needed(self, inventory: Inventory, kinds: Collection[StateKind]) -> dict[StateKind, int]:
+    def needed(self, inventory: Inventory, kinds: Collection[StateKind]) -> dict[RegionKey, int]:
         """Host bytes that an offload would keep now, for those of `kinds` that are here and keep something.
 
         Right for the inventory as it is now; what changes until the offload is made up for then.
@@ -97,7 +100,7 @@ class Engine:
         here = [kind for kind in kinds if kind not in self._parked]
         return _host_sizes(self.find(inventory, here), keep_grads=False)
 
-    def reserve(self, sizes: Mapping[StateKind, int]) -> int:
+    def reserve(self, sizes: Mapping[RegionKey, int]) -> int:
         """Make host memory ready for the next offload; returns the bytes now held.
 
         Holds no tensor and looks at none, so it may run in a thread beside training and beside an onload.
@@ -108,8 +111,8 @@ class Engine:
         Raises:
             HostMemoryError: the host cannot give that much.
         """
-        for kind, nbytes in sizes.items():
-            self._arena.reserve(kind, nbytes)
+        for key, nbytes in sizes.items():
+            self._arena.reserve(key, nbytes)
         return self._arena.nbytes
 
     def offload(
@@ -217,20 +220,20 @@ class Engine:
         self, records: Sequence[StorageRecord], kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock
     ) -> dict[StateKind, list[Parked]]:
         """Give every storage that is kept a place in host memory."""
-        plans: dict[StateKind, list[Parked]] = {}
+        plans: dict[StateKind, list[Parked]] = {kind: [] for kind in kinds}
+        sizes = _host_sizes(records, keep_grads)
+        offsets = dict.fromkeys(sizes, 0)
         for kind in kinds:
             with clock.running(kind):
-                plans[kind] = [Parked(r.storage, r.nbytes, kind, r.names, None) for r in records if r.kind is kind]
-                kept = [r.keep or keep_grads for r in records if r.kind is kind]
-                nbytes = sum(align_up(p.nbytes) for p, keep in zip(plans[kind], kept, strict=True) if keep)
-                if not nbytes:
-                    continue
-                region = self._arena.reserve(kind, nbytes)
-                offset = 0
-                for parked, keep in zip(plans[kind], kept, strict=True):
-                    if keep:
-                        parked.host = HostSlice(region, offset, parked.nbytes)
-                        offset += align_up(parked.nbytes)
+                keys = [(kind, transient) for transient in (False, True)]
+                regions = {key: self._arena.reserve(key, sizes[key]) for key in keys if key in sizes}
+                for record in (r for r in records if r.kind is kind):
+                    parked = Parked(record.storage, record.nbytes, kind, record.names, None)
+                    plans[kind].append(parked)
+                    if record.keep or keep_grads:
+                        key = _region_key(record)
+                        parked.host = HostSlice(regions[key], offsets[key], parked.nbytes)
+                        offsets[key] += align_up(parked.nbytes)
         return plans
 
     def _copy_out(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
@@ -364,12 +367,18 @@ class _KindClock:
         return {k: self._host.get(k, 0.0) + copies.get(k, 0.0) for k in {*self._host, *copies}}
 
 
-def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool) -> dict[StateKind, int]:
-    """Host bytes for the storages that are kept, by kind."""
-    sizes: dict[StateKind, int] = {}
+def _region_key(record: StorageRecord) -> RegionKey:
+    """Which region of host memory a storage goes to."""
+    return record.kind, record.transient
+
+
+def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool) -> dict[RegionKey, int]:
+    """Host bytes for the storages that are kept, by region."""
+    sizes: dict[RegionKey, int] = {}
     for record in records:
         if record.keep or keep_grads:
-            sizes[record.kind] = sizes.get(record.kind, 0) + align_up(record.nbytes)
+            key = _region_key(record)
+            sizes[key] = sizes.get(key, 0) + align_up(record.nbytes)
     return sizes
 
 

@@ -91,7 +91,7 @@ class FlatTensors:
         return packed
 
     def _is_candidate(self, record: StorageRecord) -> bool:
-        if not record.keep:
+        if not record.keep or record.transient:
             return False
         bucket = self._buckets.get(storage_id(record.storage))
         if bucket is not None:  # one of ours: worth another packing only if tensors have died and left holes

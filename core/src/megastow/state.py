@@ -83,12 +83,15 @@ class TensorGroup:
         kind: the kind that a caller names to move them.
         label: what the group is, for people ("gradient buffers", "inner optimizer state").
         keep: the bytes must be copied out; False means that the content may be dropped and comes back as zeros.
+        transient: other tensors, of other sizes, may be here at the next move (what a forward pass left behind). They
+            are not packed, and have host memory of their own, so that their sizes do not disturb anything lasting.
         tensors: name and tensor. A tensor of any dtype, shape and stride; several may lie on one storage.
     """
 
     kind: StateKind
     label: str
     keep: bool = True
+    transient: bool = False
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
     def add(self, name: str, tensor: torch.Tensor | None) -> None:
@@ -116,9 +119,9 @@ class Inventory:
     device: torch.device
     groups: list[TensorGroup] = field(default_factory=list)
 
-    def group(self, kind: StateKind, label: str, *, keep: bool = True) -> TensorGroup:
+    def group(self, kind: StateKind, label: str, *, keep: bool = True, transient: bool = False) -> TensorGroup:
         """Open a new group of `kind` and return it to be filled."""
-        group = TensorGroup(kind, label, keep)
+        group = TensorGroup(kind, label, keep, transient)
         self.groups.append(group)
         return group
 

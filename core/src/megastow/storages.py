@@ -28,12 +28,14 @@ class StorageRecord:
         storage: the storage itself; holding it keeps its memory, so records live no longer than a move.
         kind: the kind it moves with.
         keep: whether its bytes must be copied out.
+        transient: whether only passing tensors lie on it (see `TensorGroup`).
         tensors: name and tensor, each tensor object once.
     """
 
     storage: torch.UntypedStorage
     kind: StateKind
     keep: bool
+    transient: bool = False
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -105,8 +107,9 @@ def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Coll
                 storage = tensor.untyped_storage()
                 record = records.get(storage_id(storage))
                 if record is None:
-                    record = records[storage_id(storage)] = StorageRecord(storage, kind, group.keep)
+                    record = records[storage_id(storage)] = StorageRecord(storage, kind, group.keep, group.transient)
                 record.keep |= group.keep
+                record.transient &= group.transient
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     record.tensors.append((name, tensor))

@@ -134,7 +134,7 @@ class McoreBinding:
         They are plain objects beside the modules. Their leftovers are moved with the weights rather than dropped:
         between forward and backward they are still needed, and nothing tells that moment from another.
         """
-        group = inventory.group(W, "tensors of MoE token dispatchers")
+        group = inventory.group(W, "tensors of MoE token dispatchers", transient=True)
         for chunk in self._model:
             for path, module in chunk.named_modules():
                 for name in ("token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher"):

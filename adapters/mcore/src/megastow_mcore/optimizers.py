@@ -53,13 +53,16 @@ def add_optimizer(inventory: Inventory, optimizer: Any) -> None:
             collect.add_main_weights(main, inner)
             collect.add_optimizer_states(states, inner)
     # A precision-aware optimizer keeps its main copies in the state dictionary.
-    for entry in [e for e in states.tensors if e[0].endswith("['master_param']")]:
-        states.tensors.remove(entry)
-        main.tensors.append(entry)
+    main.tensors.extend(entry for entry in states.tensors if _is_main_copy(entry[0]))
+    states.tensors[:] = [entry for entry in states.tensors if not _is_main_copy(entry[0])]
     grads = inventory.group(StateKind.GRAD_BUFFERS, "gradients on main weights", keep=False)
     collect.add_grads(grads, main.tensors)
     for name, tensor in main.tensors:
         grads.add(f"{name}.decoupled_grad", getattr(tensor, "decoupled_grad", None))
+
+
+def _is_main_copy(name: str) -> bool:
+    return name.endswith("['master_param']")
 
 
 def device_part(inner: Any) -> torch.optim.Optimizer | None:
