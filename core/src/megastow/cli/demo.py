@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from megastow_conformance.demo_models import Size
 
 IDENTICAL, DIFFERENT, UNFINISHED = 0, 1, 3
+_RANK_DIFFERENT = 11  # what one of several ranks ends with: 1 is also what Python ends with after an uncaught exception
 
 _GRACE_SECONDS = 10
 _M_MMAP_THRESHOLD = -3  # from malloc.h
@@ -83,7 +84,7 @@ def run_demo(settings: Settings) -> int:
         sys.stderr.flush()
         if status == UNFINISHED:
             os._exit(status)  # an ordinary end could wait for ranks that never come
-        return status
+        return _RANK_DIFFERENT if status == DIFFERENT else status
     return _run_rank(settings) if settings.ranks == 1 else _launch(settings)
 
 
@@ -168,6 +169,7 @@ def _run_rank(settings: Settings) -> int:
                 settings.json_file.write_text(json.dumps(outcome.as_dict(), indent=2) + "\n", encoding="utf-8")
                 console.print(f"everything is in {settings.json_file}", markup=False, soft_wrap=True)
             console.print(verdict(outcome), markup=False, soft_wrap=True)
+            sys.stdout.flush()
             demo.leave()
         except Exception as error:
             narrator.close()
@@ -252,7 +254,8 @@ def _launch(settings: Settings) -> int:
         elastic_launch(config, sys.executable)(*_command(settings))
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if set(codes.values()) == {DIFFERENT}:
+        # All ranks come to the same verdict, but the agent ends the others as soon as the first has said so.
+        if _RANK_DIFFERENT in codes.values() and set(codes.values()) <= {_RANK_DIFFERENT, -signal.SIGTERM}:
             return DIFFERENT
         found = ", ".join(f"rank {rank} with status {code}" for rank, code in sorted(codes.items()))
         print(f"megastow demo: not finished: {found} (a negative status is a signal)", file=sys.stderr)
