@@ -22,11 +22,16 @@ SCOPES = ("full", "core")
 CORE_SCENARIOS = frozenset(
     {
         "gpt_distopt",
+        "gpt_ep2_distopt",
         "gpt_moe_distopt",
         "gpt_overlap_distopt",
         "gpt_vpp_plainopt",
         "toy_bf16_grads_plainopt",
         "toy_distopt",
+        "toy_fp16_distopt",
+        "toy_fp32_plainopt",
+        "toy_lora_distopt",
+        "toy_mixed_chain",
         "toy_plainopt",
     }
 )
