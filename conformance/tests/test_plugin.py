@@ -33,7 +33,7 @@ SUITE = """
 import machinery_checks as checks
 import pytest
 
-SOME = ("toy_distopt", "gpt_ep2_distopt")
+SOME = ("toy_distopt", "gpt_ep2_plainopt")
 
 
 @pytest.mark.megastow(scenarios=SOME)
@@ -102,7 +102,7 @@ VERDICTS = [
     "*test_hangs*full-0.16.1-w1-toy_distopt* FAILED*",
     "*test_skips*full-0.16.1-w1-toy_distopt* SKIPPED*this*",
     "*test_passes*full-0.16.1-w2-toy_distopt* PASSED*",
-    "*test_passes*full-0.16.1-w2-gpt_ep2_distopt* PASSED*",
+    "*test_passes*full-0.16.1-w2-gpt_ep2_plainopt* PASSED*",
     "*test_fails*full-0.16.1-w2-toy_distopt* FAILED*",
 ]
 
