@@ -93,5 +93,6 @@ def test_a_group_lists_the_inner_tensors_of_a_subclass_however_deep():
             return list(self.__dict__), None
 
     made = Inventory(CPU)
-    made.group(W, "test").add("q", Outer(data=torch.zeros(2), scales=Outer(low=torch.zeros(1))))
-    assert [name for name, _ in made.of_kind(W)] == ["q.data", "q.scales.low"]
+    group = made.group(W, "test")
+    group.add("q", Outer(data=torch.zeros(2), scales=Outer(low=torch.zeros(1))))
+    assert [name for name, _ in group.tensors] == ["q.data", "q.scales.low"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 
 from megastow_conformance import megatron_core
-from megastow_conformance.megatron_core import MegatronCoreTrainer
+from megastow_conformance.megatron_core import MegatronCoreTrainer, core_module, supported
 from megastow_conformance.scenarios import SCENARIOS
 
 SEED = 20_241
@@ -79,13 +77,13 @@ def build_trainer(size: Size, *, seed: int = SEED) -> MegatronCoreTrainer:
     compiled extension is needed.
     """
     megatron_core.load()
-    parallel_state = _core("parallel_state")
+    parallel_state = core_module("parallel_state")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     torch.manual_seed(seed)
-    _core("tensor_parallel").model_parallel_cuda_manual_seed(seed)
-    config = _supported(
-        _core("transformer").TransformerConfig,
+    core_module("tensor_parallel").model_parallel_cuda_manual_seed(seed)
+    config = supported(
+        core_module("transformer").TransformerConfig,
         num_layers=size.layers,
         hidden_size=size.hidden,
         num_attention_heads=size.heads,
@@ -102,21 +100,21 @@ def build_trainer(size: Size, *, seed: int = SEED) -> MegatronCoreTrainer:
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
-    module = _core("models.gpt").GPTModel(
+    module = core_module("models.gpt").GPTModel(
         config=config,
-        transformer_layer_spec=_core("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(),
+        transformer_layer_spec=core_module("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(),
         vocab_size=size.vocabulary,
         max_sequence_length=size.sequence,
         share_embeddings_and_output_weights=False,
     )
-    distributed = _core("distributed")
+    distributed = core_module("distributed")
     chunk = distributed.DistributedDataParallel(
         config,
-        _supported(distributed.DistributedDataParallelConfig, grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        _core("transformer.module").Float16Module(config, module.to(megatron_core.device())),
+        supported(distributed.DistributedDataParallelConfig, grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        core_module("transformer.module").Float16Module(config, module.to(megatron_core.device())),
     )
-    optimizer_module = _core("optimizer")
-    optimizer_config = _supported(
+    optimizer_module = core_module("optimizer")
+    optimizer_config = supported(
         optimizer_module.OptimizerConfig,
         optimizer="adam",
         lr=size.learning_rate,
@@ -147,16 +145,6 @@ class _SizedTrainer(MegatronCoreTrainer):
             tokens[:, :-1].contiguous(), positions, is_future, labels=tokens[:, 1:].contiguous()
         )
         return output.float().mean()
-
-
-def _core(module: str) -> Any:
-    return importlib.import_module(f"megatron.core.{module}")
-
-
-def _supported(config_class: Any, **values: Any) -> Any:
-    """Builds a Megatron configuration from those values that this release's dataclass has."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{name: value for name, value in values.items() if name in names})
 
 
 # --- the reference model ----------------------------------------------------------------------------------------------

@@ -62,14 +62,15 @@ def load() -> Version:
     shim.install_gpt(version)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     for module in ("parallel_state", "distributed", "optimizer", "models.gpt.gpt_layer_specs"):
-        _core(module)
+        core_module(module)
     shim.post_import(version)
     gc.collect()
     gc.freeze()  # or every trainer's close() walks all of torch and Megatron again: 0.2 s each
     return version
 
 
-def _core(module: str) -> Any:
+def core_module(module: str) -> Any:
+    """A module of megatron.core, imported."""
     return importlib.import_module(f"megatron.core.{module}")
 
 
@@ -105,7 +106,7 @@ def _init_model_parallel(expert_parallel: int) -> None:
 
     Megatron only forgets its process groups. With NCCL each holds memory of the device, gigabytes after a few layouts.
     """
-    parallel_state = _core("parallel_state")
+    parallel_state = core_module("parallel_state")
     if parallel_state.model_parallel_is_initialized():
         if parallel_state.get_expert_model_parallel_world_size() == expert_parallel:
             return
@@ -119,10 +120,10 @@ def _init_model_parallel(expert_parallel: int) -> None:
 
 def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
-    _core("tensor_parallel").model_parallel_cuda_manual_seed(seed)
+    core_module("tensor_parallel").model_parallel_cuda_manual_seed(seed)
 
 
-def _supported(config_class: Any, **values: Any) -> Any:
+def supported(config_class: Any, **values: Any) -> Any:
     """Builds a Megatron configuration from those values that this release's dataclass has."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return config_class(**{name: value for name, value in values.items() if name in names})
@@ -235,7 +236,7 @@ def build(scenario: Scenario, *, seed: int = 1234) -> MegatronCoreTrainer:
     config = _transformer_config(scenario)
     make_module = _toy_module if scenario.model == "toy" else _gpt_module
     model = [
-        _core("distributed").DistributedDataParallel(
+        core_module("distributed").DistributedDataParallel(
             config,
             _ddp_config(scenario, distributed_optimizer=distributed),
             make_module(scenario, config, chunk),
@@ -260,8 +261,8 @@ def _transformer_config(scenario: Scenario) -> Any:
         "moe_aux_loss_coeff": 0.01,
         "moe_token_dispatcher_type": "allgather",
     }
-    return _supported(
-        _core("transformer").TransformerConfig,
+    return supported(
+        core_module("transformer").TransformerConfig,
         num_layers=2 if scenario.chunks == 1 else 1,
         hidden_size=_HIDDEN,
         num_attention_heads=2,
@@ -279,8 +280,8 @@ def _transformer_config(scenario: Scenario) -> Any:
 
 
 def _ddp_config(scenario: Scenario, *, distributed_optimizer: bool) -> Any:
-    return _supported(
-        _core("distributed").DistributedDataParallelConfig,
+    return supported(
+        core_module("distributed").DistributedDataParallelConfig,
         grad_reduce_in_fp32=scenario.grad_reduce_in_fp32,
         overlap_grad_reduce=scenario.overlap,
         overlap_param_gather=scenario.overlap and distributed_optimizer,
@@ -309,11 +310,11 @@ def _optimizer_config(scenario: Scenario, *, distributed_optimizer: bool) -> Any
         values["optimizer_cpu_offload"] = True
         values["optimizer_offload_fraction"] = scenario.cpu_offload_fraction
         values["use_torch_optimizer_for_cpu_offload"] = True
-    return _supported(_core("optimizer").OptimizerConfig, **values)
+    return supported(core_module("optimizer").OptimizerConfig, **values)
 
 
 def _optimizer(scenario: Scenario, model: list[torch.nn.Module]) -> Any:
-    optimizer_module = _core("optimizer")
+    optimizer_module = core_module("optimizer")
     if not scenario.mixed_chain:
         config = _optimizer_config(scenario, distributed_optimizer=scenario.distributed_optimizer)
         return optimizer_module.get_megatron_optimizer(config, model)
@@ -323,7 +324,7 @@ def _optimizer(scenario: Scenario, model: list[torch.nn.Module]) -> Any:
         links += _links(optimizer_module.get_megatron_optimizer(config, [chunk]))
     for link in links:
         link.config = links[0].config  # a chain insists on one configuration for all
-    return _core("optimizer.optimizer").ChainedOptimizer(links)
+    return core_module("optimizer.optimizer").ChainedOptimizer(links)
 
 
 def _links(optimizer: Any) -> list[Any]:
@@ -337,10 +338,10 @@ def _toy_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
 
 
 def _gpt_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
-    spec = _core("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
+    spec = core_module("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False
     )
-    gpt_model = _core("models.gpt").GPTModel
+    gpt_model = core_module("models.gpt").GPTModel
     module = gpt_model(
         config=config,
         transformer_layer_spec=spec,
@@ -357,7 +358,7 @@ def _gpt_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
         if scenario.experts:
             # Megatron marks experts only when they are spread over ranks; one rank is to have expert buffers too.
             _as_experts(layer.mlp.experts)
-    return _core("transformer.module").Float16Module(config, module)  # type: ignore[no-any-return]
+    return core_module("transformer.module").Float16Module(config, module)  # type: ignore[no-any-return]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -378,7 +379,7 @@ class MegatronCoreTrainer:
         _seed_everything(self._seed + 1000 * (index + 1))
         losses = tuple(self._microbatch(index, microbatch, reached) for microbatch in range(self.scenario.microbatches))
         reached(Point.AFTER_BACKWARD)
-        _core("distributed").finalize_model_grads(self.model)
+        core_module("distributed").finalize_model_grads(self.model)
         reached(Point.AFTER_GRAD_SYNC)
         updated, grad_norm, _ = self.optimizer.step()
         reached(Point.AFTER_STEP)
@@ -421,7 +422,7 @@ class MegatronCoreTrainer:
         return loss * _OVERFLOW_WEIGHT if overflows else loss
 
     def _data_seed(self, index: int, microbatch: int) -> int:
-        rank: int = _core("parallel_state").get_data_parallel_rank()
+        rank: int = core_module("parallel_state").get_data_parallel_rank()
         return ((self._seed * 1009 + index) * 64 + microbatch) * 64 + rank
 
     def _toy_loss(self, generator: torch.Generator) -> torch.Tensor:
@@ -477,7 +478,7 @@ class MegatronCoreTrainer:
     def save_sharded(self, folder: Path) -> None:
         """Saves with ``megatron.core.dist_checkpointing`` in the format ``torch_dist``; see ``Trainer``."""
         with self._whole_weights(), shim.answered_synchronize():
-            _core("dist_checkpointing").save(self._sharded_state(is_loading=False), str(folder))
+            core_module("dist_checkpointing").save(self._sharded_state(is_loading=False), str(folder))
 
     def load_sharded(self, folder: Path) -> None:
         """Loads what ``save_sharded`` saved; see ``Trainer``.
@@ -489,7 +490,7 @@ class MegatronCoreTrainer:
             for link in _distributed_links(self.optimizer):
                 if isinstance(link.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
                     stack.enter_context(_steps_out_of_the_way(link))
-            state = _core("dist_checkpointing").load(self._sharded_state(is_loading=True), str(folder))
+            state = core_module("dist_checkpointing").load(self._sharded_state(is_loading=True), str(folder))
             for i, chunk in enumerate(self.model):
                 _unwrapped(chunk).load_state_dict(state[f"model{i}"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -502,7 +503,7 @@ class MegatronCoreTrainer:
             state[f"model{i}"] = _unwrapped(chunk).sharded_state_dict(metadata=metadata)
             if len(self.model) > 1:
                 # Without a pipeline, Megatron numbers the layers of each chunk from 0: their names would collide.
-                _core("dist_checkpointing.utils").add_prefix_for_sharding(state[f"model{i}"], f"chunk{i}.")
+                core_module("dist_checkpointing.utils").add_prefix_for_sharding(state[f"model{i}"], f"chunk{i}.")
         optimizer_state = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
         return {**state, "optimizer": optimizer_state}
 
@@ -573,7 +574,7 @@ class MegatronCoreTrainer:
 
     def scratch(self) -> list[torch.Tensor]:
         """Megatron's global memory buffer; see ``Trainer``."""
-        return list(_core("parallel_state").get_global_memory_buffer().buffer.values())
+        return list(core_module("parallel_state").get_global_memory_buffer().buffer.values())
 
     def close(self) -> None:
         """Drops everything; see ``Trainer``."""
@@ -604,7 +605,7 @@ def _break_cycles(chunk: torch.nn.Module) -> None:
 
 def _distributed_links(optimizer: Any) -> list[Any]:
     """Those links of a chain that keep main weights and inner state out of ``state_dict``."""
-    distributed_optimizer = _core("optimizer.distrib_optimizer").DistributedOptimizer
+    distributed_optimizer = core_module("optimizer.distrib_optimizer").DistributedOptimizer
     return [link for link in _links(optimizer) if isinstance(link, distributed_optimizer)]
 
 

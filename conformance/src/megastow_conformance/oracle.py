@@ -99,6 +99,11 @@ def storage_sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
+def live_bytes(device: torch.device) -> int:
+    """Bytes of all storages on a device that a tensor alive lies on."""
+    return sum(storage_sizes(tensor for tensor in live_tensors() if tensor.device == device).values())
+
+
 @dataclass(frozen=True)
 class Shape:
     """What must not change about a tensor object, whatever happens to its memory."""

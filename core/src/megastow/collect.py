@@ -47,6 +47,14 @@ def named_parameters(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, 
         yield from module.named_parameters(prefix=prefix)
 
 
+def largest_dtype(modules: Sequence[torch.nn.Module]) -> torch.dtype:
+    """The dtype that most elements of the parameters have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for _, parameter in named_parameters(modules):
+        sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def add_modules(inventory: Inventory, modules: Sequence[torch.nn.Module]) -> None:
     """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies)."""
     group = inventory.group(StateKind.WEIGHTS, "parameters and buffers")

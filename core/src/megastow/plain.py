@@ -87,10 +87,7 @@ class PlainBinding:
     @property
     def facts(self) -> Mapping[str, object]:
         """What was found."""
-        sizes: dict[torch.dtype, int] = {}
-        for _, parameter in collect.named_parameters(self._model):
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-        return {"use_distributed_optimizer": False, "params_dtype": max(sizes, key=lambda dtype: sizes[dtype])}
+        return {"use_distributed_optimizer": False, "params_dtype": collect.largest_dtype(self._model)}
 
     def inventory(self) -> Inventory:
         """Parameters, buffers, optimizer state and gradients."""

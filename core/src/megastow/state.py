@@ -125,12 +125,6 @@ class Inventory:
         self.groups.append(group)
         return group
 
-    def of_kind(self, kind: StateKind) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors listed under `kind`, aliases included."""
-        for group in self.groups:
-            if group.kind is kind:
-                yield from group.tensors
-
 
 def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """`tensor` itself, or what a wrapper subclass consists of."""

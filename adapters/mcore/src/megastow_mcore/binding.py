@@ -43,13 +43,10 @@ class McoreBinding:
     @property
     def facts(self) -> Mapping[str, object]:
         """What was found, in the words of the classic factory's arguments."""
-        sizes: dict[torch.dtype, int] = {}
-        for _, parameter in collect.named_parameters(self._model):
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
         return {
             "use_distributed_optimizer": all(c.ddp_config.use_distributed_optimizer for c in self._model),
             "accumulate_allreduce_grads_in_fp32": all(c.ddp_config.grad_reduce_in_fp32 for c in self._model),
-            "params_dtype": max(sizes, key=lambda dtype: sizes[dtype]),
+            "params_dtype": collect.largest_dtype(self._model),
         }
 
     def inventory(self) -> Inventory:

@@ -200,12 +200,12 @@ def host(case: Case) -> None:
     assert sum(sizes.values()) <= first <= most, f"{first} host bytes for {sum(sizes.values())} bytes kept"
     cycle(case, manager, trainer)  # packing may have left holes behind, once
     tensors = len(oracle.live_tensors())
-    device = _live_device_bytes(case)
+    device = oracle.live_bytes(case.device)
     for number in range(10):
         cycle(case, manager, trainer)
         assert manager.host_bytes == first, f"cycle {number} holds {manager.host_bytes} host bytes, not {first}"
     assert len(oracle.live_tensors()) == tensors, "the number of tensors grew over ten cycles"
-    assert _live_device_bytes(case) == device, "device memory grew over ten cycles"
+    assert oracle.live_bytes(case.device) == device, "device memory grew over ten cycles"
     manager.close()
     assert manager.host_bytes == 0, "close kept host memory"
 
@@ -224,10 +224,6 @@ def _attributes(trainer: Trainer) -> dict[str, torch.Tensor]:
                     if isinstance(value, torch.Tensor):
                         found[f"{index}.{path}.{name}"] = value
     return found
-
-
-def _live_device_bytes(case: Case) -> int:
-    return sum(oracle.storage_sizes(t for t in oracle.live_tensors() if t.device == case.device).values())
 
 
 def order(case: Case) -> None:

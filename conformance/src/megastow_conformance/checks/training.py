@@ -140,12 +140,12 @@ def load_state_dict(case: Case) -> None:
     for _ in range(3):
         trainer.restore(saved)
         cycle(case, manager, trainer)
-    host_bytes, device_bytes = manager.host_bytes, _device_bytes(case)
+    host_bytes, device_bytes = manager.host_bytes, oracle.live_bytes(case.device)
     for _ in range(3):
         trainer.restore(saved)
         cycle(case, manager, trainer)
     assert manager.host_bytes == host_bytes, "host memory grows with each load"
-    assert _device_bytes(case) == device_bytes, "device memory grows with each load"
+    assert oracle.live_bytes(case.device) == device_bytes, "device memory grows with each load"
     assert_continues(case, trainer)
 
 
@@ -220,7 +220,3 @@ def _leaves(value: Any, path: str = "") -> dict[str, torch.Tensor]:
     for key, item in items:
         found.update(_leaves(item, f"{path}/{key}"))
     return found
-
-
-def _device_bytes(case: Case) -> int:
-    return sum(oracle.storage_sizes(t for t in oracle.live_tensors() if t.device == case.device).values())
