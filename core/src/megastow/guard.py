@@ -43,6 +43,21 @@ class GuardedCall:
     kinds: frozenset[StateKind]
 
 
+CallTable = Mapping[str, frozenset[StateKind]]
+"""Names of methods, and the kinds that each reads or writes."""
+
+
+def call_table(*rows: tuple[Iterable[StateKind], str]) -> CallTable:
+    """A table of calls from rows of kinds and the names, separated by spaces, of the methods that need them."""
+    return {method: frozenset(kinds) for kinds, methods in rows for method in methods.split()}
+
+
+def guarded(owner: object, calls: CallTable) -> Iterator[GuardedCall]:
+    """The calls of a table, on one instance."""
+    for method, kinds in calls.items():
+        yield GuardedCall(owner, method, kinds)
+
+
 class Guard:
     """Blocks and unblocks the guarded calls of one manager."""
 

@@ -7,20 +7,59 @@ for the user when it happens. So the files are looked at: the version they state
 from __future__ import annotations
 
 import ast
+import enum
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
-_LAYOUT_FILES = (
-    "core/distributed/distributed_data_parallel.py",
-    "core/distributed/param_and_grad_buffer.py",
-    "core/distributed/grad_buffer.py",
-    "core/distributed.py",
-    "model/distributed.py",
+
+class Generation(str, enum.Enum):
+    """How a Megatron lays out gradients and parameters; the value is what it is called among people."""
+
+    MEMORY_BUFFER = "MemoryBuffer (Megatron-LM v2.5 to 23.08)"
+    """`ddp._grad_buffers`: a `MemoryBuffer` for each dtype."""
+
+    TYPED_MEMORY_BUFFER = "ParamBufferType (the Qwen-MoE fork)"
+    """`ddp._grad_buffers`: for each buffer type a `MemoryBuffer` for each dtype."""
+
+    GRAD_BUFFER = "GradBuffer (October 2023 to March 2024, megatron-core 0.4 and 0.5)"
+    """`ddp.grad_buffers`: gradients in buckets, parameters apart."""
+
+    PARAM_AND_GRAD_BUFFER = "ParamAndGradBuffer (megatron-core 0.6 to 0.8)"
+    """`ddp.param_to_buffer`: gradients and, under the distributed optimizer, parameters in flat buffers."""
+
+    BUCKET_GROUPS = "_ParamAndGradBuffer (megatron-core 0.9 and later)"
+    """`ddp.bucket_groups`: the same with groups of buckets that communicate together."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# The classes that tell the generations apart, in the order in which they must be looked for: 0.9.0 still has a class
+# with the name of the generation before it, and from 0.12 an unrelated one lives in the FSDP package. So it counts in
+# which file a class is.
+_SIGNALS: tuple[tuple[Generation, Mapping[str, frozenset[str]]], ...] = (
+    (Generation.TYPED_MEMORY_BUFFER, {"model/distributed.py": frozenset({"ParamBufferType"})}),
+    (Generation.BUCKET_GROUPS, {"core/distributed/param_and_grad_buffer.py": frozenset({"_ParamAndGradBuffer"})}),
+    (
+        Generation.PARAM_AND_GRAD_BUFFER,
+        {
+            "core/distributed/param_and_grad_buffer.py": frozenset({"ParamAndGradBuffer"}),
+            "core/distributed/grad_buffer.py": frozenset({"ParamAndGradBuffer"}),
+        },
+    ),
+    (
+        Generation.GRAD_BUFFER,
+        {
+            "core/distributed/grad_buffer.py": frozenset({"GradBuffer"}),
+            "core/distributed.py": frozenset({"GradBuffer"}),
+        },
+    ),
+    (Generation.MEMORY_BUFFER, {"model/distributed.py": frozenset({"MemoryBuffer"})}),
 )
 
 
@@ -30,18 +69,45 @@ class MegatronInfo:
 
     Attributes:
         path: the folder of the `megatron` package.
-        version: what `megatron/core/package_info.py` states; None if there is none. It may lie: a pre-release branch
-            states the release it became the opposite of.
-        classes: the classes that the files of the data-parallel layer define, as "core/distributed/x.py:Name".
+        version: what `megatron/core/package_info.py` states; None if there is none. It may lie: the branch
+            24.09-alpha states 0.9.0rc0, and has the layout before 0.9.
+        features: the names that the files of the data-parallel layer define or import, as
+            "core/distributed/x.py:Name".
     """
 
     path: Path
     version: Version | None
-    classes: frozenset[str] = field(default_factory=frozenset)
+    features: frozenset[str] = field(default_factory=frozenset)
 
     def defines(self, file: str, name: str) -> bool:
-        """Whether `file` (relative to the package) defines the class `name` at its top level."""
-        return f"{file}:{name}" in self.classes
+        """Whether `file` (relative to the package) defines or imports `name` at its top level."""
+        return f"{file}:{name}" in self.features
+
+    @property
+    def generation(self) -> Generation | None:
+        """The layout that the files are for; None if it is none that is known."""
+        for generation, signals in _SIGNALS:
+            if any(self.defines(file, name) for file, names in signals.items() for name in names):
+                return generation
+        return None
+
+    def __str__(self) -> str:
+        return f"Megatron {self.version or 'of no stated version'} at {self.path}"
+
+
+def generation_of(chunk: object) -> Generation | None:
+    """The layout that a DDP chunk has, by its attributes; None if it has that of none."""
+    if hasattr(chunk, "bucket_groups"):
+        return Generation.BUCKET_GROUPS
+    if hasattr(chunk, "param_to_buffer"):
+        return Generation.PARAM_AND_GRAD_BUFFER
+    if hasattr(chunk, "grad_buffers"):
+        return Generation.GRAD_BUFFER
+    buffers = getattr(chunk, "_grad_buffers", None)
+    if isinstance(buffers, Mapping):
+        is_typed = any(isinstance(of_type, Mapping) for of_type in buffers.values())
+        return Generation.TYPED_MEMORY_BUFFER if is_typed else Generation.MEMORY_BUFFER
+    return None
 
 
 def detect_megatron() -> MegatronInfo | None:
@@ -49,7 +115,7 @@ def detect_megatron() -> MegatronInfo | None:
     for folder in _package_folders():
         core = folder / "core"
         if core.is_dir() or (folder / "model").is_dir():
-            return MegatronInfo(folder, _version(core / "package_info.py"), frozenset(_classes(folder)))
+            return MegatronInfo(folder, _version(core / "package_info.py"), frozenset(_names(folder)))
     return None
 
 
@@ -78,11 +144,13 @@ def _version(file: Path) -> Version | None:
         return None
 
 
-def _classes(folder: Path) -> Iterator[str]:
-    for file in _LAYOUT_FILES:
+def _names(folder: Path) -> Iterator[str]:
+    for file in sorted({file for _, signals in _SIGNALS for file in signals}):
         for node in _top_level(folder / file):
-            if isinstance(node, ast.ClassDef):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 yield f"{file}:{node.name}"
+            elif isinstance(node, ast.Assign):
+                yield from (f"{file}:{target.id}" for target in node.targets if isinstance(target, ast.Name))
             elif isinstance(node, ast.ImportFrom):
                 yield from (f"{file}:{alias.asname or alias.name}" for alias in node.names)
 

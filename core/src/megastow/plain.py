@@ -8,7 +8,7 @@ import torch
 
 from megastow import collect
 from megastow.errors import UnsupportedLayoutError
-from megastow.guard import COPY_METHODS, GuardedCall, module_calls
+from megastow.guard import COPY_METHODS, GuardedCall, call_table, guarded, module_calls
 from megastow.megatron import MegatronInfo
 from megastow.state import ALL_KINDS, Inventory, StateKind
 
@@ -110,19 +110,16 @@ class PlainBinding:
         """Every module's calls, and everything the optimizer does."""
         yield from module_calls(m for chunk in self._model for m in chunk.modules())
         if self._optimizer is not None:
-            for method, kinds in TORCH_OPTIMIZER_CALLS.items():
-                yield GuardedCall(self._optimizer, method, kinds)
+            yield from guarded(self._optimizer, TORCH_OPTIMIZER_CALLS)
 
     def entrances(self) -> Sequence[torch.nn.Module]:
         """The modules themselves."""
         return self._model
 
 
-TORCH_OPTIMIZER_CALLS: Mapping[str, frozenset[StateKind]] = {
-    "step": frozenset(ALL_KINDS),
-    "zero_grad": frozenset({StateKind.GRAD_BUFFERS}),
-    "state_dict": frozenset({StateKind.OPTIMIZER_STATES}),
-    "load_state_dict": frozenset({StateKind.OPTIMIZER_STATES}),
-    **dict.fromkeys(COPY_METHODS, frozenset(ALL_KINDS)),
-}
+TORCH_OPTIMIZER_CALLS = call_table(
+    (ALL_KINDS, f"step {' '.join(COPY_METHODS)}"),
+    ((StateKind.GRAD_BUFFERS,), "zero_grad"),
+    ((StateKind.OPTIMIZER_STATES,), "state_dict load_state_dict"),
+)
 """What the methods of `torch.optim.Optimizer` read or write."""
