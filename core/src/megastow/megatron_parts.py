@@ -14,7 +14,7 @@ import torch
 
 from megastow import collect
 from megastow.errors import TransferError
-from megastow.guard import GuardedCall, call_table, guarded
+from megastow.guard import COPY_METHODS, GuardedCall, call_table, guarded
 from megastow.plain import TORCH_OPTIMIZER_CALLS
 from megastow.state import ALL_KINDS, Inventory, StateKind
 
