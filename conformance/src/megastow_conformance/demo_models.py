@@ -132,7 +132,7 @@ class _SizedTrainer(MegatronCoreTrainer):
     """The suite's trainer with a model of another size, and data that can be learnt: sequences that count upwards."""
 
     def __init__(self, size: Size, seed: int, chunk: torch.nn.Module, optimizer: Any) -> None:
-        super().__init__(SCENARIOS["gpt_distopt"], seed, [chunk], optimizer)
+        super().__init__(SCENARIOS["gpt_distopt"], seed, [chunk], optimizer, megatron_core.device())
         self._size = size
 
     def _gpt_loss(self, generator: torch.Generator) -> torch.Tensor:

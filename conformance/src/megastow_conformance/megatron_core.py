@@ -16,11 +16,11 @@ import dataclasses
 import functools
 import gc
 import importlib
-import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,23 +28,16 @@ from packaging.version import Version
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from megastow_conformance import shim
+from megastow_conformance.base_trainer import BaseTrainer, links, through_a_file
 from megastow_conformance.scenarios import Scenario
-from megastow_conformance.trainer import Point, StepRecord, float32_bytes, float64_bytes
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-_TOY_WIDTH = 32
-_TOY_HIDDEN = 45  # odd, so that shards end inside parameters and buffers need padding
-_TOY_BATCH = 8
+from megastow_conformance.toy_model import DTYPES, ToyModel, as_experts
+from megastow_conformance.trainer import Layout, Use
 
 _HIDDEN = 32
 _VOCABULARY = 64
 _SEQUENCE = 16
 _BATCH = 2
 _EXPERTS = 4
-
-_OVERFLOW_WEIGHT = 2.0**10
-"""What the first step's loss is multiplied by under dynamic loss scaling: it overflows, and no other step does."""
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
@@ -129,89 +122,6 @@ def supported(config_class: Any, **values: Any) -> Any:
     return config_class(**{name: value for name, value in values.items() if name in names})
 
 
-# --- the toy model ----------------------------------------------------------------------------------------------------
-
-
-class _RunningMean(torch.nn.Module):
-    """Buffers that training changes: the mean of what passed by, which differs between data-parallel ranks."""
-
-    mean: torch.Tensor
-    weight: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(_TOY_WIDTH))
-        self.register_buffer("weight", torch.linspace(0.0, 1.0, _TOY_WIDTH), persistent=False)
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        self.mean.lerp_(values.detach().float().mean(0), 0.1)
-        return (self.mean * self.weight).to(values.dtype)
-
-
-class _Adapted(torch.nn.Module):
-    """A frozen linear map with a small trained correction of rank 3."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.base = torch.nn.Linear(inputs, outputs).requires_grad_(False)
-        self.down = torch.nn.Linear(inputs, 3, bias=False)
-        self.up = torch.nn.Linear(3, outputs, bias=False)
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        corrected: torch.Tensor = self.base(values) + self.up(self.down(values))
-        return corrected
-
-
-def _perceptron(linear: Callable[[int, int], torch.nn.Module] = torch.nn.Linear) -> torch.nn.Sequential:
-    return torch.nn.Sequential(linear(_TOY_WIDTH, _TOY_HIDDEN), torch.nn.Tanh(), linear(_TOY_HIDDEN, _TOY_WIDTH))
-
-
-def _tied() -> torch.nn.Sequential:
-    first, second = torch.nn.Linear(_TOY_WIDTH, _TOY_WIDTH), torch.nn.Linear(_TOY_WIDTH, _TOY_WIDTH)
-    second.weight = first.weight
-    return torch.nn.Sequential(first, torch.nn.Tanh(), second)
-
-
-def _partly_frozen() -> torch.nn.Sequential:
-    half = _perceptron()
-    half[0].bias.requires_grad_(False)
-    return torch.nn.Sequential(_perceptron().requires_grad_(False), half)
-
-
-def _as_experts(module: torch.nn.Module) -> torch.nn.Module:
-    """Marks every parameter the way Megatron marks those of experts: not reduced with the dense ones."""
-    for parameter in module.parameters():
-        setattr(parameter, "allreduce", False)  # noqa: B010  (a Tensor has no such attribute of its own)
-    return module
-
-
-class _Toy(torch.nn.Module):
-    """Residual parts, one for each kind of parameter that the scenario asks for."""
-
-    def __init__(self, scenario: Scenario) -> None:
-        super().__init__()
-        self.dtype = _DTYPES[scenario.precision]
-        parts: dict[str, torch.nn.Module] = {"dense": _perceptron(_Adapted if scenario.lora else torch.nn.Linear)}
-        if scenario.tied:
-            parts["tied"] = _tied()
-        if scenario.frozen:
-            parts["frozen"] = _partly_frozen()
-        if scenario.experts:
-            parts["experts"] = _as_experts(_perceptron())
-        parts["last"] = _perceptron(_Adapted if scenario.lora else torch.nn.Linear)
-        self.parts = torch.nn.ModuleDict(parts).to(self.dtype)
-        if scenario.fp32_params:
-            self.parts["fp32"] = torch.nn.Sequential(torch.nn.LayerNorm(_TOY_WIDTH), _perceptron())
-        self.parts["statistics"] = _RunningMean()
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        values = values.to(self.dtype)
-        for name, part in self.parts.items():
-            inputs = values.float() if name == "fp32" else values
-            values = values + part(inputs).to(self.dtype)
-        return values
-
-
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +154,7 @@ def build(scenario: Scenario, *, seed: int = 1234) -> MegatronCoreTrainer:
         )
         for chunk, distributed in enumerate(_distributed_chunks(scenario))
     ]
-    return MegatronCoreTrainer(scenario, seed, model, _optimizer(scenario, model))
+    return MegatronCoreTrainer(scenario, seed, model, _optimizer(scenario, model), device())
 
 
 def _distributed_chunks(scenario: Scenario) -> list[bool]:
@@ -272,8 +182,8 @@ def _transformer_config(scenario: Scenario) -> Any:
         add_bias_linear=not is_moe,
         bf16=scenario.precision == "bf16",
         fp16=scenario.precision == "fp16",
-        params_dtype=_DTYPES[scenario.precision],
-        pipeline_dtype=_DTYPES[scenario.precision],
+        params_dtype=DTYPES[scenario.precision],
+        pipeline_dtype=DTYPES[scenario.precision],
         expert_model_parallel_size=scenario.expert_parallel,
         **(experts if is_moe else {}),
     )
@@ -299,7 +209,7 @@ def _optimizer_config(scenario: Scenario, *, distributed_optimizer: bool) -> Any
         "clip_grad": 1.0,
         "bf16": scenario.precision == "bf16",
         "fp16": scenario.precision == "fp16",
-        "params_dtype": _DTYPES[scenario.precision],
+        "params_dtype": DTYPES[scenario.precision],
         "hysteresis": 1,
         "use_distributed_optimizer": distributed_optimizer,
         "overlap_param_gather": scenario.overlap and distributed_optimizer,
@@ -318,23 +228,17 @@ def _optimizer(scenario: Scenario, model: list[torch.nn.Module]) -> Any:
     if not scenario.mixed_chain:
         config = _optimizer_config(scenario, distributed_optimizer=scenario.distributed_optimizer)
         return optimizer_module.get_megatron_optimizer(config, model)
-    links = []
+    parts: list[Any] = []
     for chunk, distributed in zip(model, _distributed_chunks(scenario), strict=True):
         config = _optimizer_config(scenario, distributed_optimizer=distributed)
-        links += _links(optimizer_module.get_megatron_optimizer(config, [chunk]))
-    for link in links:
-        link.config = links[0].config  # a chain insists on one configuration for all
-    return core_module("optimizer.optimizer").ChainedOptimizer(links)
-
-
-def _links(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain, or the optimizer alone."""
-    chained = getattr(optimizer, "chained_optimizers", None)
-    return [optimizer] if chained is None else [link for part in chained for link in _links(part)]
+        parts += links(optimizer_module.get_megatron_optimizer(config, [chunk]))
+    for part in parts:
+        part.config = parts[0].config  # a chain insists on one configuration for all
+    return core_module("optimizer.optimizer").ChainedOptimizer(parts)
 
 
 def _toy_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
-    return _Toy(scenario).to(device())
+    return ToyModel(scenario).to(device())
 
 
 def _gpt_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
@@ -357,79 +261,31 @@ def _gpt_module(scenario: Scenario, config: Any, chunk: int) -> torch.nn.Module:
     for layer in module.decoder.layers:
         if scenario.experts:
             # Megatron marks experts only when they are spread over ranks; one rank is to have expert buffers too.
-            _as_experts(layer.mlp.experts)
+            as_experts(layer.mlp.experts)
     return core_module("transformer.module").Float16Module(config, module)  # type: ignore[no-any-return]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-class MegatronCoreTrainer:
+class MegatronCoreTrainer(BaseTrainer):
     """A ``Trainer`` (see ``megastow_conformance.trainer``) over real megatron-core."""
 
-    def __init__(self, scenario: Scenario, seed: int, model: list[torch.nn.Module], optimizer: Any) -> None:
-        self.scenario = scenario
-        self.model = model
-        self.optimizer = optimizer
-        self._seed = seed
+    def _seed_everything(self, seed: int) -> None:
+        _seed_everything(seed)
 
-    def train_step(self, index: int, at: Callable[[Point], None] | None = None) -> StepRecord:
-        """Runs one whole training step; see ``Trainer``."""
-        reached = at if at is not None else _ignore
-        _seed_everything(self._seed + 1000 * (index + 1))
-        losses = tuple(self._microbatch(index, microbatch, reached) for microbatch in range(self.scenario.microbatches))
-        reached(Point.AFTER_BACKWARD)
+    def _data_parallel_rank(self) -> int:
+        rank: int = core_module("parallel_state").get_data_parallel_rank()
+        return rank
+
+    def _reduce_grads(self) -> None:
         core_module("distributed").finalize_model_grads(self.model)
-        reached(Point.AFTER_GRAD_SYNC)
-        updated, grad_norm, _ = self.optimizer.step()
-        reached(Point.AFTER_STEP)
+
+    def clear_grads(self) -> None:
+        """Buffers, then what hangs on parameters and main weights; see ``Trainer``."""
         for chunk in self.model:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        reached(Point.AFTER_ZERO_GRAD)
-        return StepRecord(
-            losses=losses,
-            grad_norm=None if grad_norm is None else float64_bytes(grad_norm),
-            updated=bool(updated),
-            loss_scale=float64_bytes(self.optimizer.get_loss_scale()),
-        )
-
-    def evaluate(self, index: int) -> tuple[bytes, ...]:
-        """The losses of one step's forward passes, and nothing else; see ``Trainer``."""
-        _seed_everything(self._seed + 1000 * (index + 1))
-        with torch.no_grad():
-            return tuple(float32_bytes(self._loss(index, number)) for number in range(self.scenario.microbatches))
-
-    def _microbatch(self, index: int, microbatch: int, reached: Callable[[Point], None]) -> bytes:
-        """Forward and backward of one microbatch; gradients are communicated with the last one only."""
-        is_last = microbatch == self.scenario.microbatches - 1
-        with contextlib.ExitStack() as stack:
-            if not is_last:
-                for chunk in self.model:
-                    stack.enter_context(chunk.no_sync())  # type: ignore[operator]
-            loss = self._loss(index, microbatch)
-            if is_last:
-                reached(Point.AFTER_FORWARD)
-            self.optimizer.scale_loss(loss / self.scenario.microbatches).backward()
-        if microbatch == 0 and not is_last:
-            reached(Point.MID_ACCUMULATION)
-        return float32_bytes(loss.detach())
-
-    def _loss(self, index: int, microbatch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self._data_seed(index, microbatch))
-        loss = self._toy_loss(generator) if self.scenario.model == "toy" else self._gpt_loss(generator)
-        overflows = index == 0 and self.scenario.initial_loss_scale is not None
-        return loss * _OVERFLOW_WEIGHT if overflows else loss
-
-    def _data_seed(self, index: int, microbatch: int) -> int:
-        rank: int = core_module("parallel_state").get_data_parallel_rank()
-        return ((self._seed * 1009 + index) * 64 + microbatch) * 64 + rank
-
-    def _toy_loss(self, generator: torch.Generator) -> torch.Tensor:
-        values = torch.randn(_TOY_BATCH, _TOY_WIDTH, generator=generator).to(device())
-        for chunk in self.model:
-            values = chunk(values)
-        return values.float().square().mean()
 
     def _gpt_loss(self, generator: torch.Generator) -> torch.Tensor:
         tokens = torch.randint(_VOCABULARY, (_BATCH, _SEQUENCE + 1), generator=generator).to(device())
@@ -439,7 +295,7 @@ class MegatronCoreTrainer:
         output: torch.Tensor | None = None
         for chunk in self.model:
             if output is not None:
-                chunk.module.set_input_tensor(output.to(_DTYPES[self.scenario.precision]))  # type: ignore[operator, union-attr]
+                chunk.module.set_input_tensor(output.to(DTYPES[self.scenario.precision]))  # type: ignore[operator, union-attr]
             output = chunk(tokens[:, :-1].contiguous(), positions, is_future, labels=labels)
         assert output is not None
         return output.float().mean()
@@ -455,7 +311,7 @@ class MegatronCoreTrainer:
                     for link in _distributed_links(self.optimizer)
                 ],
             }
-            return _through_a_file(state)
+            return through_a_file(state)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Megatron's own ``load_state_dict`` methods in Megatron's order, then the shards; see ``Trainer``.
@@ -522,91 +378,88 @@ class MegatronCoreTrainer:
             for chunk in overlapped:
                 chunk.enable_forward_pre_hook()  # type: ignore[operator]
 
-    def named_state(self) -> dict[str, torch.Tensor]:
-        """The live state without gradients; see ``Trainer``."""
-        return _unique(self._walk_state())
+    def _walk_grad_buffers(self, number: int, chunk: Any) -> Iterator[tuple[str, Any]]:
+        for kind in ("buffers", "expert_parallel_buffers"):
+            for j, buffer in enumerate(getattr(chunk, kind)):
+                yield f"chunk{number}.{kind}{j}.grad_data", buffer.grad_data
 
-    def named_grads(self) -> dict[str, torch.Tensor]:
-        """The live gradients; see ``Trainer``."""
-        return _unique(self._walk_grads())
+    def parts(self) -> list[object]:
+        """What all generations have, bucket groups and buffers; see ``Trainer``."""
+        chunks: list[Any] = list(self.model)
+        return [*super().parts(), *(part for chunk in chunks for part in (*chunk.bucket_groups, *chunk.buffers))]
 
-    def _walk_state(self) -> Iterator[tuple[str, Any]]:
-        for i, chunk in enumerate(self.model):
-            for name, parameter in chunk.named_parameters():
-                yield f"chunk{i}.param.{name}", parameter
-            for name, buffer in chunk.named_buffers():
-                yield f"chunk{i}.buffer.{name}", buffer
-        for prefix, main in self._walk_main():
-            yield f"{prefix}.main", main
-        for i, link in enumerate(_links(self.optimizer)):
-            yield f"optimizer{i}.loss_scale", getattr(getattr(link, "grad_scaler", None), "_scale", None)
-        for prefix, inner in self._walk_inner():
-            for j, per_parameter in enumerate(inner.state.values()):
-                for key, value in sorted(per_parameter.items()):
-                    yield f"{prefix}.state{j}.{key}", value
+    def uses(self, kind: str) -> list[Use]:
+        """Calls that touch a kind; see ``Trainer``."""
+        chunk: Any = self.model[0]
+        uses = super().uses(kind)
+        if kind == "weights" and self.scenario.distributed_optimizer:
+            uses.append(("start_param_sync", lambda: chunk.start_param_sync()))
+        if kind in ("main_weights", "optimizer_states"):
+            uses.append(("optimizer.sharded_state_dict", lambda: self.optimizer.sharded_state_dict({})))
+        if kind == "grad_buffers":
+            uses.append(("zero_grad_buffer", lambda: chunk.zero_grad_buffer()))
+            uses.append(("finish_grad_sync", lambda: chunk.finish_grad_sync()))
+        return uses
 
-    def _walk_grads(self) -> Iterator[tuple[str, Any]]:
-        for i, chunk in enumerate(self.model):
-            for kind in ("buffers", "expert_parallel_buffers"):
-                for j, buffer in enumerate(getattr(chunk, kind)):
-                    yield f"chunk{i}.{kind}{j}.grad_data", buffer.grad_data
-            for name, parameter in chunk.named_parameters():
-                yield f"chunk{i}.main_grad.{name}", getattr(parameter, "main_grad", None)
-                yield f"chunk{i}.grad.{name}", parameter.grad
-        for prefix, main in self._walk_main():
-            yield f"{prefix}.grad", None if main is None else main.grad
+    def unsupported_layouts(self) -> list[Layout]:
+        """Marks put on by hand in the place where Megatron would show them; see ``Trainer``."""
+        chunk: Any = self.model[0]
+        module = next(m for m in chunk.modules() if m is not chunk)
+        captured = SimpleNamespace(cudagraph_runners=[SimpleNamespace(fwd_graph=object(), bwd_graph=None)])
+        return [
+            ("nccl_ub", chunk.buffers[0], "nccl_ub", True),
+            ("share one buffer", chunk.buffers[0], "shared_buffer", torch.zeros(1)),
+            ("cudagraph_manager", module, "cudagraph_manager", captured),
+            ("cuda_graphs", module, "cuda_graphs", [object()]),
+        ]
 
-    def _walk_main(self) -> Iterator[tuple[str, Any]]:
-        """What the inner optimizers step on: main weights, and views or parameters where there are none."""
-        for prefix, inner in self._walk_inner():
-            for j, group in enumerate(inner.param_groups):
-                for k, main in enumerate(group["params"]):
-                    yield f"{prefix}.group{j}.{k}", main
-
-    def _walk_inner(self) -> Iterator[tuple[str, Any]]:
-        """The torch optimizers, those inside a HybridDeviceOptimizer included."""
-        for i, link in enumerate(_links(self.optimizer)):
-            inner = getattr(link, "optimizer", None)
-            if inner is not None:
-                yield f"optimizer{i}", inner
-                for j, part in enumerate(getattr(inner, "sub_optimizers", ())):
-                    yield f"optimizer{i}.part{j}", part
+    def foreign_wrappers(self) -> list[torch.nn.Module]:
+        """The real classes of the sharding wrappers that this Megatron has, around nothing; see ``Trainer``."""
+        found: list[torch.nn.Module] = []
+        for path in _SHARDING_WRAPPERS:
+            with contextlib.suppress(ImportError):
+                module = core_module(path)
+                for name in ("FullyShardedDataParallel", "TorchFullyShardedDataParallel"):
+                    kind: Any = getattr(module, name, None)
+                    if kind is not None:
+                        wrapper: torch.nn.Module = kind.__new__(kind)
+                        torch.nn.Module.__init__(wrapper)
+                        wrapper.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
+                        found.append(wrapper)
+        assert found or load() < Version("0.10"), "this Megatron's sharding wrappers were not found"
+        return found
 
     def scratch(self) -> list[torch.Tensor]:
         """Megatron's global memory buffer; see ``Trainer``."""
         return list(core_module("parallel_state").get_global_memory_buffer().buffer.values())
 
-    def close(self) -> None:
-        """Drops everything; see ``Trainer``."""
-        for chunk in self.model:
-            _break_cycles(chunk)
-        self.model.clear()
-        self.optimizer = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _break_cycles(self, chunk: Any) -> None:
+        """As in all generations, and more.
+
+        A MoE token dispatcher holds the routing of the last microbatch, and so its autograd graph, and so the
+        accumulators, whose hooks hold the DDP chunk.
+        """
+        for handle in dict(getattr(chunk, "remove_forward_pre_hook_handles", {})).values():
+            handle.remove()
+        super()._break_cycles(chunk)
+        for module in chunk.modules():
+            dispatcher = getattr(module, "token_dispatcher", None)
+            for name, value in list(getattr(dispatcher, "__dict__", {}).items()):
+                if isinstance(value, torch.Tensor):
+                    setattr(dispatcher, name, None)
 
 
-def _break_cycles(chunk: torch.nn.Module) -> None:
-    """Cuts the references through C++ that no garbage collector sees, and that would keep a DDP chunk alive.
-
-    DDP holds gradient accumulators whose hooks hold DDP. A MoE token dispatcher holds the routing of the last
-    microbatch, and so its autograd graph, and so the accumulators again.
-    """
-    for handle in dict(getattr(chunk, "remove_forward_pre_hook_handles", {})).values():
-        handle.remove()
-    getattr(chunk, "grad_accs", []).clear()
-    for module in chunk.modules():
-        dispatcher = getattr(module, "token_dispatcher", None)
-        for name, value in list(getattr(dispatcher, "__dict__", {}).items()):
-            if isinstance(value, torch.Tensor):
-                setattr(dispatcher, name, None)
+_SHARDING_WRAPPERS = (
+    "distributed.custom_fsdp",
+    "distributed.fsdp.mcore_fsdp_adapter",
+    "distributed.torch_fully_sharded_data_parallel",
+)
 
 
 def _distributed_links(optimizer: Any) -> list[Any]:
     """Those links of a chain that keep main weights and inner state out of ``state_dict``."""
     distributed_optimizer = core_module("optimizer.distrib_optimizer").DistributedOptimizer
-    return [link for link in _links(optimizer) if isinstance(link, distributed_optimizer)]
+    return [link for link in links(optimizer) if isinstance(link, distributed_optimizer)]
 
 
 def _stepped_on(inner: Any) -> list[list[torch.Tensor]]:
@@ -660,28 +513,3 @@ def _steps_out_of_the_way(link: Any) -> Iterator[None]:
         handle.remove()
         for parameter, step in steps.items():
             inner.state[parameter]["step"] = step
-
-
-def _through_a_file(value: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU that shares nothing with the original, made the way in which checkpoints are saved."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=False)  # type: ignore[no-any-return]
-
-
-def _ignore(point: Point) -> None:
-    """What a step calls when nobody watches it."""
-
-
-def _unique(walk: Iterator[tuple[str, Any]]) -> dict[str, torch.Tensor]:
-    """Each tensor of a walk once, under its first name; what is no tensor is left out."""
-    found: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, value in walk:
-        if isinstance(value, torch.Tensor) and id(value) not in seen:
-            if name in found:
-                raise ValueError(f"two tensors are called {name}")
-            seen.add(id(value))
-            found[name] = value
-    return found

@@ -74,6 +74,13 @@ def float64_bytes(value: float | torch.Tensor) -> bytes:
     return struct.pack("<d", float(value))
 
 
+Use = tuple[str, Callable[[], object]]
+"""A call that touches state, and what it is called in messages."""
+
+Layout = tuple[str, object, str, object]
+"""A layout that cannot be moved: a word of its refusal; owner, name and value of the attribute that shows it."""
+
+
 class Trainer(Protocol):
     """A Megatron trainer that a check can drive.
 
@@ -122,6 +129,26 @@ class Trainer(Protocol):
 
     def named_grads(self) -> dict[str, torch.Tensor]:
         """The live gradient tensors: gradient buffers, ``main_grad`` and ``.grad``, under unique names."""
+        ...
+
+    def clear_grads(self) -> None:
+        """Clears all gradients, as the training loop does at the end of a step."""
+        ...
+
+    def parts(self) -> list[object]:
+        """Every object whose methods touch state: modules, wrappers, buffers, optimizers; no guard leaves a trace."""
+        ...
+
+    def uses(self, kind: str) -> list[Use]:
+        """Calls that touch a kind, and that must raise while it is away."""
+        ...
+
+    def unsupported_layouts(self) -> list[Layout]:
+        """Marks of layouts that the adapter must refuse; a check puts them on and takes them off. May be empty."""
+        ...
+
+    def foreign_wrappers(self) -> list[torch.nn.Module]:
+        """Instances of Megatron's wrappers whose memory cannot be moved, and that must be refused. May be empty."""
         ...
 
     def scratch(self) -> list[torch.Tensor]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from megastow import OffloadedError, Residency, faults
 from megastow_conformance import oracle
@@ -64,14 +59,11 @@ def guard(case: Case) -> None:
     """Every use of what is away raises an `OffloadedError` that names it; afterwards nothing is left of the guard."""
     trainer = trained(case)
     manager = case.manager(trainer)
-    owners = [m for chunk in trainer.model for m in chunk.modules()]
-    owners += [trainer.optimizer, *_parts(trainer.optimizer)]
-    owners += [g for chunk in trainer.model for g in (*chunk.bucket_groups, *chunk.buffers)]  # type: ignore[misc]
+    owners = trainer.parts()
     attributes = [dict(vars(owner)) for owner in owners]
-    state = trainer.model[0].state_dict()
     for kind in KINDS:
         manager.offload(kind)
-        for what, call in _uses(trainer, state, kind):
+        for what, call in trainer.uses(kind):
             try:
                 call()
             except OffloadedError as error:
@@ -83,52 +75,6 @@ def guard(case: Case) -> None:
             assert vars(owner).keys() == before.keys(), f"the guard left something on {type(owner).__name__}"
             assert all(vars(owner)[name] is value for name, value in before.items())
     assert_continues(case, trainer)
-
-
-def _parts(optimizer: Any) -> list[Any]:
-    children = getattr(optimizer, "chained_optimizers", None)
-    if children is not None:
-        return [part for child in children for part in (child, *_parts(child))]
-    return [optimizer.optimizer] if optimizer.optimizer is not None else []
-
-
-def _uses(trainer: Trainer, state: Any, kind: str) -> list[tuple[str, Callable[[], object]]]:
-    """Calls that touch a kind, with their names."""
-    model, optimizer = trainer.model[0], trainer.optimizer
-    inner: Any = model.module
-    nothing = torch.zeros(1)
-    uses: list[tuple[str, Callable[[], object]]] = [("optimizer.step", optimizer.step)]
-    if kind == "weights":
-        uses += [
-            ("training step", lambda: trainer.train_step(2)),
-            ("forward", lambda: model(nothing)),
-            ("forward of the inner module", lambda: inner(nothing)),
-            ("direct forward", lambda: inner.forward(nothing)),
-            ("state_dict", model.state_dict),
-            ("inner state_dict", inner.state_dict),
-            ("load_state_dict", lambda: model.load_state_dict(state)),
-            ("deepcopy", lambda: copy.deepcopy(inner)),
-            ("pickle", lambda: pickle.dumps(inner)),
-            ("to", lambda: inner.to(torch.float64)),
-            ("reload_model_params", optimizer.reload_model_params),
-        ]
-        if hasattr(inner, "sharded_state_dict"):
-            uses.append(("sharded_state_dict", inner.sharded_state_dict))
-        if trainer.scenario.distributed_optimizer:
-            uses.append(("start_param_sync", lambda: model.start_param_sync()))  # type: ignore[operator]
-    if kind in ("main_weights", "optimizer_states"):
-        uses += [
-            ("optimizer.state_dict", optimizer.state_dict),
-            ("optimizer.load_state_dict", lambda: optimizer.load_state_dict({})),
-            ("optimizer.sharded_state_dict", lambda: optimizer.sharded_state_dict({})),
-        ]
-    if kind == "grad_buffers":
-        uses += [
-            ("zero_grad_buffer", lambda: model.zero_grad_buffer()),  # type: ignore[operator]
-            ("finish_grad_sync", lambda: model.finish_grad_sync()),  # type: ignore[operator]
-            ("optimizer.zero_grad", optimizer.zero_grad),
-        ]
-    return uses
 
 
 def guard_backward(case: Case) -> None:
@@ -152,9 +98,7 @@ def guard_backward(case: Case) -> None:
         assert reached
         manager.onload()
     # The interrupted steps have left half a step's gradients behind; clear them as a caller would, and train on.
-    for chunk in trainer.model:
-        chunk.zero_grad_buffer()  # type: ignore[operator]
-    trainer.optimizer.zero_grad()
+    trainer.clear_grads()
     gc.collect()
     cycle(case, manager, trainer)
     trainer.train_step(2)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from megastow import (
     InvalidArgumentError,
@@ -85,25 +81,14 @@ def refused(case: Case) -> None:
     """
     trainer = trained(case)
     manager = case.manager(trainer)
-    chunk: Any = trainer.model[0]
-    module = next(m for m in chunk.modules() if m is not chunk)
-    captured = SimpleNamespace(cudagraph_runners=[SimpleNamespace(fwd_graph=object(), bwd_graph=None)])
-    layouts = {
-        "nccl_ub": (chunk.buffers[0], "nccl_ub", True),
-        "share one buffer": (chunk.buffers[0], "shared_buffer", torch.zeros(1)),
-        "cudagraph_manager": (module, "cudagraph_manager", captured),
-        "cuda_graphs": (module, "cuda_graphs", [object()]),
-    }
     before = oracle.snapshot(everything(trainer, grads=True))
-    for name, (owner, attribute, value) in layouts.items():
+    for name, owner, attribute, value in trainer.unsupported_layouts():
         with _attribute(owner, attribute, value):
             for call in (manager.offload, lambda: create_memory_manager(trainer.model, trainer.optimizer)):
                 _expect_refusal(call, name)
             assert {manager.residency(kind) for kind in KINDS} == {Residency.RESIDENT}
         oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=True)), f"after refusing {name}")
-    wrappers = _sharding_wrappers()
-    assert wrappers or Version(case.row.megatron) < Version("0.10"), "this Megatron's sharding wrappers were not found"
-    for wrapper in wrappers:
+    for wrapper in trainer.foreign_wrappers():
         _expect_refusal(lambda wrapper=wrapper: create_memory_manager(wrapper), "bucket_groups")
     manager.offload()
     manager.onload()
@@ -130,23 +115,3 @@ def _attribute(owner: Any, name: str, value: object) -> Iterator[None]:
     finally:
         attributes.clear()
         attributes.update(before)
-
-
-def _sharding_wrappers() -> list[torch.nn.Module]:
-    """Instances of the sharding wrappers that this Megatron has: their real classes, around nothing."""
-    found: list[torch.nn.Module] = []
-    for path in (
-        "megatron.core.distributed.custom_fsdp",
-        "megatron.core.distributed.fsdp.mcore_fsdp_adapter",
-        "megatron.core.distributed.torch_fully_sharded_data_parallel",
-    ):
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(path)
-            for name in ("FullyShardedDataParallel", "TorchFullyShardedDataParallel"):
-                kind: Any = getattr(module, name, None)
-                if kind is not None:
-                    wrapper: torch.nn.Module = kind.__new__(kind)
-                    torch.nn.Module.__init__(wrapper)
-                    wrapper.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
-                    found.append(wrapper)
-    return found
