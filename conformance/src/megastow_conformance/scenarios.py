@@ -68,6 +68,8 @@ class Scenario:
         lora: The base is frozen and only small adapters are trained.
         experts: There are expert parameters, marked ``allreduce=False``: expert buffers and a chained optimizer.
         expert_parallel: Expert-parallel size.
+        tensor_parallel: Tensor-parallel size.
+        precision_aware: Transformer Engine's fused Adam keeps the main weights, in its own state.
         mixed_chain: Two chunks with optimizers of different kinds in one chain: distributed and plain.
         initial_loss_scale: Where the dynamic loss scaler of fp16 starts.
         cpu_offload_fraction: The part of the optimizer that HybridDeviceOptimizer keeps on the host.
@@ -92,6 +94,8 @@ class Scenario:
     lora: bool = False
     experts: bool = False
     expert_parallel: int = 1
+    tensor_parallel: int = 1
+    precision_aware: bool = False
     mixed_chain: bool = False
     initial_loss_scale: float | None = None
     cpu_offload_fraction: float = 0.0

@@ -1,4 +1,4 @@
-"""One megatron-core trainer: where its state lives, what is in flight, and which calls would touch it.
+"""One megatron-core trainer: its flat buffers, what is in flight, and which calls would touch them.
 
 Mirrors megatron/core/distributed/{distributed_data_parallel,param_and_grad_buffer}.py of 0.9.0 to 0.19.2. Nothing here
 imports Megatron: the instances are there already, and their attributes say what they are.
@@ -6,34 +6,50 @@ imports Megatron: the instances are there already, and their attributes say what
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megastow import collect
 from megastow.errors import TransferError
-from megastow.guard import GuardedCall, call_table, guarded, module_calls
-from megastow.megatron_parts import add_dispatchers, add_optimizer, optimizer_calls, unwrap, wait_until_idle
+from megastow.guard import GuardedCall, call_table, guarded
+from megastow.megatron_binding import MegatronBinding
+from megastow.megatron_parts import wait_until_idle
 from megastow.state import Inventory, StateKind
 from megastow_mcore.layout import bucket_groups, flat_buffers, refuse_unsupported
 
-W, M, S, G = StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES, StateKind.GRAD_BUFFERS
+W, G = StateKind.WEIGHTS, StateKind.GRAD_BUFFERS
+
+# Public methods of 0.9.0 to 0.19.2 by what they read or write; a name that a version does not have is passed over.
+_CHUNK_CALLS = call_table(
+    ((W,), "start_param_sync disable_forward_pre_hook broadcast_params free_overlap_buffers"),
+    ((G,), "start_grad_sync finish_grad_sync scale_gradients zero_grad_buffer"),
+    ((G,), "offload_grad_buffers restore_grad_buffers"),
+)
+_BUCKET_GROUP_CALLS = call_table(
+    ((W,), "start_param_sync finish_param_sync"),
+    ((G,), "start_grad_sync finish_grad_sync check_grads check_for_nan_in_grad register_grad_ready"),
+)
+_BUFFER_CALLS = call_table(
+    ((G,), "reset scale_gradients"),
+    ((W, G), "offload_to_cpu reload_from_cpu"),
+)
 
 
-class McoreBinding:
-    """DDP chunks and the optimizer over them."""
+class McoreBinding(MegatronBinding):
+    """DDP chunks and the optimizer over them.
+
+    Raises:
+        UnsupportedLayoutError: the layout is one that cannot be moved; so does each inventory, since a CUDA graph may
+            have been captured meanwhile.
+    """
+
+    chunk_calls = _CHUNK_CALLS
 
     def __init__(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
         refuse_unsupported(model, optimizer)
-        self._model: list[Any] = list(model)
-        self._optimizer = optimizer
-        self._device = collect.find_device(self._model)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self._device
+        super().__init__(model, optimizer)
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -45,25 +61,19 @@ class McoreBinding:
         }
 
     def inventory(self) -> Inventory:
-        """Everything on the device, found anew.
-
-        Raises:
-            UnsupportedLayoutError: the layout has become one that cannot be moved (a CUDA graph was captured).
-        """
+        """Everything on the device, if it still can be moved."""
         refuse_unsupported(self._model, self._optimizer)
-        inventory = Inventory(self._device)
+        return super().inventory()
+
+    def add_buffers(self, inventory: Inventory) -> None:
+        """The `_ParamAndGradBuffer`s, and gradients that 0.17 and later keep beside them."""
         weights = inventory.group(W, "flat parameter buffers")
         grads = inventory.group(G, "flat gradient buffers", keep=False)
-        for number, buffer in enumerate(self._flat_buffers()):
+        for number, buffer in enumerate(buffer for chunk in self._model for buffer in flat_buffers(chunk)):
             weights.add(f"buffers[{number}].param_data", buffer.param_data)
             grads.add(f"buffers[{number}].grad_data", buffer.grad_data)
-            for index, tensor in enumerate(getattr(buffer, "extra_main_grads", None) or ()):  # 0.17+
+            for index, tensor in enumerate(getattr(buffer, "extra_main_grads", None) or ()):
                 grads.add(f"buffers[{number}].extra_main_grads[{index}]", tensor)
-        collect.add_modules(inventory, self._model)
-        add_dispatchers(inventory, self._model)
-        add_optimizer(inventory, self._optimizer)
-        collect.add_grads(grads, collect.named_parameters(self._model))
-        return inventory
 
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Wait until no collective reads or writes the buffers.
@@ -85,38 +95,10 @@ class McoreBinding:
             for handle in (group.param_gather_handle, group.grad_reduce_handle)
         )
 
-    def guarded_calls(self) -> Iterable[GuardedCall]:
-        """Everything that reads or writes state: modules, DDP, bucket groups, buffers, optimizers."""
-        yield from module_calls(module for chunk in self._model for module in chunk.modules())
+    def buffer_calls(self) -> Iterator[GuardedCall]:
+        """Megatron's schedules keep bound methods of the DDP object, taken before any guard; they end up here."""
         for chunk in self._model:
-            yield from guarded(chunk, _DDP_CALLS)
-            # Megatron's schedules keep bound methods of the DDP object, taken before any guard; they end up here.
             for group in bucket_groups(chunk):
                 yield from guarded(group, _BUCKET_GROUP_CALLS)
             for buffer in flat_buffers(chunk):
                 yield from guarded(buffer, _BUFFER_CALLS)
-        yield from optimizer_calls(self._optimizer)
-
-    def entrances(self) -> Sequence[torch.nn.Module]:
-        """The modules inside the wrappers: whoever calls whichever wrapper gets there."""
-        return [unwrap(chunk) for chunk in self._model]
-
-    def _flat_buffers(self) -> Iterator[Any]:
-        for chunk in self._model:
-            yield from flat_buffers(chunk)
-
-
-# Public methods of 0.9.0 to 0.19.2 by what they read or write; a name that a version does not have is passed over.
-_DDP_CALLS = call_table(
-    ((W,), "start_param_sync disable_forward_pre_hook broadcast_params free_overlap_buffers"),
-    ((G,), "start_grad_sync finish_grad_sync scale_gradients zero_grad_buffer"),
-    ((G,), "offload_grad_buffers restore_grad_buffers"),
-)
-_BUCKET_GROUP_CALLS = call_table(
-    ((W,), "start_param_sync finish_param_sync"),
-    ((G,), "start_grad_sync finish_grad_sync check_grads check_for_nan_in_grad register_grad_ready"),
-)
-_BUFFER_CALLS = call_table(
-    ((G,), "reset scale_gradients"),
-    ((W, G), "offload_to_cpu reload_from_cpu"),
-)
