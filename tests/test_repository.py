@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megastow_conformance.rows import read_matrix
+from megastow_conformance import skips
+from megastow_conformance.rows import DOUBLES, read_matrix
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +21,7 @@ FOLDERS = [
     "conformance",
     *sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("adapters/*/pyproject.toml")),
 ]
+ROWS = read_matrix(ROOT / "matrix.toml")
 
 
 def project(folder):
@@ -61,16 +63,56 @@ def test_core_needs_torch_and_packaging_only():
     ]
 
 
-@pytest.mark.parametrize("row", read_matrix(ROOT / "matrix.toml").values(), ids=lambda row: row.id)
-def test_every_row_names_an_adapter_that_exists(row):
+@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+def test_every_row_is_of_things_that_exist(row):
     declared = {
         name for folder in FOLDERS for name in project(folder).get("entry-points", {}).get("megastow.adapters", {})
     }
     assert row.adapter in declared
+    package, _, module = row.harness.partition(".")
+    assert (ROOT / "conformance" / "src" / package / f"{module}.py").is_file()
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:2\d\.(0[1-9]|1[0-2])-py3", row.image), "no pinned image"
+    if row.source == "double":
+        assert (DOUBLES / row.megatron / "megatron").is_dir()
+    elif row.source == "pypi":
+        assert re.fullmatch(r"\d+\.\d+\.\d+", row.megatron), "no exact version"
 
 
-def test_one_row_runs_every_scenario():
-    assert "full" in {row.scope for row in read_matrix(ROOT / "matrix.toml").values()}
+@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+def test_a_row_says_what_kind_of_evidence_it_gives(row):
+    assert (row.evidence == "double") == (row.source == "double")
+    assert row.id.endswith("-double") == (row.source == "double")
+    if row.source == "pypi":
+        assert row.id == f"{row.id.partition('-')[0]}-{row.megatron.rpartition('.')[0]}"
+
+
+def test_rows_are_run_with_pythons_that_the_distributions_support():
+    oldest = project("core")["requires-python"].removeprefix(">=")
+    for row in ROWS.values():
+        assert tuple(map(int, row.python.split("."))) >= tuple(map(int, oldest.split("."))), row.id
+
+
+def test_ci_runs_every_adapter_every_change_of_layout_and_only_what_it_can_get():
+    chosen = [row for row in ROWS.values() if row.ci]
+    assert {row.adapter for row in chosen} == {row.adapter for row in ROWS.values()}
+    assert {row.megatron for row in chosen if row.source == "pypi"} >= {
+        *("0.6.0", "0.8.0", "0.9.0", "0.10.0", "0.12.3", "0.13.1", "0.14.0", "0.16.1", "0.19.2")
+    }
+    assert all(row.source != "tree" and row.device == "any" and row.scope == "core" for row in chosen)
+    assert len({row.torch for row in chosen}) == 1, "they are run in one session"
+
+
+def test_the_declared_skips_are_those_of_the_harnesses():
+    declared = skips.read_skips(ROOT / "conformance" / "skips.json")
+    assert list(declared) == list(ROWS)
+    found = skips.static_differences(declared, ROWS.values())
+    assert not found, "\n".join([*found, f"if that is meant: {skips.COMMAND}"])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="before Python 3.11, nox brings tomli")
+def test_noxfile_can_read_the_matrix_before_anything_is_installed():
+    code = "import sys; sys.path.insert(0, 'conformance/src'); import megastow_conformance.rows"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, cwd=ROOT)
 
 
 def test_importing_the_plugin_loads_neither_torch_nor_megatron():

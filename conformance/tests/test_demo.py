@@ -13,7 +13,7 @@ from megastow.megatron import detect_megatron
 from megastow_conformance import demo
 from megastow_conformance.demo_models import SIZES
 from megastow_conformance.demo_outcome import Comparison, Outcome, sort_of
-from megastow_conformance.plugin import TREES_VARIABLE
+from megastow_conformance.plan import TREES_VARIABLE
 from megastow_conformance.rows import parse_trees
 
 SHORT = ("--rounds=1", "--steps=1")
@@ -59,7 +59,7 @@ def megatron_tree(pytestconfig):
     pairs = [pair for pair in os.environ.get(TREES_VARIABLE, "").split(os.pathsep) if pair]
     trees = parse_trees([*pairs, *pytestconfig.getoption("--megastow-megatron")])
     if trees:
-        return trees.get("mcore-0.16.1") or next(iter(trees.values()))
+        return trees.get("mcore-0.16") or next(iter(trees.values()))
     found = detect_megatron()
     if found is None:
         pytest.skip(f"no Megatron: set {TREES_VARIABLE}, or PYTHONPATH to a tree of megatron-core")

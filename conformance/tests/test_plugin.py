@@ -1,101 +1,10 @@
 """The pytest plugin: which tests there are, how their verdicts show, and that nothing is left out in silence."""
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
-from megastow_conformance.rows import CORE_SCENARIOS
-from megastow_conformance.scenarios import SCENARIOS
-
-MATRIX = """
-[[row]]
-id = "full-0.16.1"
-adapter = "mcore"
-megatron = "0.16.1"
-python = "3.11"
-evidence = "real"
-scope = "full"
-tier = 1
-
-[[row]]
-id = "core-0.9.0"
-adapter = "mcore"
-megatron = "0.9.0"
-python = "3.11"
-evidence = "real"
-scope = "core"
-tier = 1
-"""
-
-SUITE = """
-import machinery_checks as checks
-import pytest
-
-SOME = ("toy_distopt", "gpt_ep2_plainopt")
-
-
-@pytest.mark.megastow(scenarios=SOME)
-def test_passes(conformance):
-    conformance.run(checks.passes)
-
-
-@pytest.mark.megastow(scenarios="toy_distopt", worlds=(2,))
-def test_fails(conformance):
-    conformance.run(checks.fails)
-
-
-@pytest.mark.megastow(scenarios=lambda scenario: scenario.name == "toy_distopt", worlds=(1,), seconds=1)
-def test_hangs(conformance):
-    conformance.run(checks.hangs)
-
-
-@pytest.mark.megastow(scenarios=SOME[:1], worlds=(1,))
-def test_skips(conformance):
-    conformance.run(checks.skips)
-
-
-@pytest.mark.megastow(scenarios=SOME[:1])
-def test_says_pid(conformance):
-    conformance.run(checks.says_pid, folder=FOLDER)
-
-
-def test_without_megatron():
-    pass
-"""
-
-
-@pytest.fixture
-def suite(pytester, monkeypatch, tmp_path):
-    """A small suite with a matrix and folders that stand for two Megatron trees; returns a function that runs it."""
-    for name in ("MEGASTOW_MEGATRON", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "machinery"))
-    pytester.makefile(".toml", matrix=MATRIX)
-    pytester.makepyfile(test_suite=SUITE.replace("FOLDER", repr(str(tmp_path))))
-    (pytester.path / "tree" / "megatron").mkdir(parents=True)
-    # The plugin is loaded by its entry point when the distribution is installed, and by its name otherwise.
-    plugin = "megastow_conformance.plugin"
-    known = (ep.value for dist in __import__("importlib.metadata").metadata.distributions() for ep in dist.entry_points)
-    load = [] if plugin in known else ["-p", plugin]
-    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-
-    def run(*arguments, rows=("full-0.16.1",)):
-        chosen = [f"--megastow-row={row}" for row in rows] + [f"--megastow-megatron={row}=tree" for row in rows]
-        return pytester.runpytest_subprocess(
-            *load,
-            "-v",
-            "-p",
-            "no:cacheprovider",
-            "--megastow-device=cpu",
-            "--megastow-harness=machinery_harness",
-            *chosen,
-            *arguments,
-        )
-
-    return run
-
+from megastow_conformance.scenarios import CORE, SCENARIOS
 
 VERDICTS = [
     "*test_passes*full-0.16.1-w1-toy_distopt* PASSED*",
@@ -135,14 +44,27 @@ def test_it_works_under_xdist(suite):
 
 
 def test_several_rows_and_their_scopes(suite):
+    assert ("toy_distopt", 2) in CORE
+    assert ("toy_distopt", 1) not in CORE
     result = suite("-k", "test_passes", rows=("core-0.9.0", "full-0.16.1"))
-    result.assert_outcomes(passed=5)
+    result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(
         [
             "megastow: core-0.9.0 (core), full-0.16.1 (full), on cpu",
-            "*test_passes?core-0.9.0-w1-toy_distopt* PASSED*",
             "*test_passes?core-0.9.0-w2-toy_distopt* PASSED*",
             "*test_passes?full-0.16.1-w1-toy_distopt* PASSED*",
+        ]
+    )
+
+
+def test_the_command_line_overrides_a_row(suite):
+    result = suite("-k", "test_passes", "--megastow-scope=full", "--megastow-world=2", rows=("core-0.9.0",))
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "megastow: core-0.9.0 (full), on cpu",
+            "*test_passes?core-0.9.0-w2-toy_distopt* PASSED*",
+            "*test_passes?core-0.9.0-w2-gpt_ep2_plainopt* PASSED*",
         ]
     )
 
@@ -150,15 +72,44 @@ def test_several_rows_and_their_scopes(suite):
 def test_what_is_not_tested_is_listed(suite):
     result = suite("-k", "test_without_megatron", rows=("core-0.9.0", "full-0.16.1"))
     result.stdout.fnmatch_lines(["*megastow: declared, not tested*"])
-    left_out = len(SCENARIOS) - len(CORE_SCENARIOS)
-    result.stdout.fnmatch_lines([f"core-0.9.0: the row's scope is 'core': {left_out} of {len(SCENARIOS)} scenarios"])
-    for name, scenario in SCENARIOS.items():
-        if reason := scenario.unsupported_on("0.16.1", "cpu"):
-            result.stdout.fnmatch_lines([f"full-0.16.1: {reason}: *{name}*"])
+    pairs = {(name, world) for name, scenario in SCENARIOS.items() for world in (1, 2) if world in scenario.worlds}
+    left_out = len(pairs - CORE)
+    result.stdout.fnmatch_lines(
+        [f"core-0.9.0: the scope is 'core': it leaves out {left_out} of {len(pairs)} pairs of*"]
+    )
+    result.stdout.fnmatch_lines(["core-0.9.0: no hybrid in 0.9.0: toy_hybrid_distopt"])
+    result.stdout.fnmatch_lines(["full-0.16.1: no hybrid in 0.16.1: toy_hybrid_distopt"])
+
+
+def test_what_a_megatron_lacks_is_no_test(suite, pytester):
+    pytester.makepyfile(
+        test_suite="""
+import machinery_checks as checks
+import pytest
+
+@pytest.mark.megastow(scenarios=("toy_plainopt", "toy_overlap_plainopt", "toy_hybrid_distopt"), worlds=(1,))
+def test_any(conformance):
+    conformance.run(checks.passes)
+
+@pytest.mark.megastow(scenarios=("toy_plainopt", "toy_overlap_plainopt"), worlds=(1,), needs={"sharded_checkpoint"})
+def test_sharded(conformance):
+    conformance.run(checks.passes)
+"""
+    )
+    result = suite()
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*test_any*-w1-toy_plainopt? PASSED*",
+            "*test_any*-w1-toy_overlap_plainopt? PASSED*",
+            "*test_sharded*-w1-toy_plainopt? PASSED*",
+        ]
+    )
 
 
 def test_a_test_for_which_the_rows_have_no_scenario_is_a_skip_with_a_reason(suite, pytester):
-    pytester.makepyfile(test_suite=SUITE.replace("toy_distopt", "toy_sgd_plainopt").replace("FOLDER", "'.'"))
+    file = pytester.path / "test_suite.py"
+    file.write_text(file.read_text().replace("toy_distopt", "toy_sgd_plainopt"))
     result = suite("-k", "test_skips", "-rs", rows=("core-0.9.0",))
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*no scenario of this test is for core-0.9.0*"])
@@ -167,7 +118,7 @@ def test_a_test_for_which_the_rows_have_no_scenario_is_a_skip_with_a_reason(suit
 def test_a_run_without_a_row_is_an_error_that_says_how_to_give_one(suite):
     result = suite(rows=())
     assert result.ret != 0
-    result.stdout.fnmatch_lines(["*no Megatron was given*", "*--megastow-megatron mcore-0.16.1=FOLDER"])
+    result.stdout.fnmatch_lines(["*no Megatron was given*", "*--megastow-megatron mcore-0.16=FOLDER"])
 
 
 def test_a_world_that_is_larger_than_the_machine_is_a_skip_with_its_reason(suite, pytester):
@@ -184,8 +135,7 @@ def test_a_gpu_that_is_asked_for_must_be_there(suite, pytester):
     result.stderr.fnmatch_lines(["ERROR: megastow: --megastow-device cuda, but torch sees no CUDA device"])
 
 
-def test_core_scenarios_exist():
-    assert not CORE_SCENARIOS - SCENARIOS.keys()
+ROW = ("--megastow-row=full-0.16.1", "--megastow-megatron=full-0.16.1=tree")
 
 
 @pytest.mark.parametrize(
@@ -194,8 +144,15 @@ def test_core_scenarios_exist():
         (["--megastow-row=full-9"], "the matrix has no row 'full-9'; it has full-0.16.1, core-0.9.0"),
         (["--megastow-row=core-0.9.0"], "*pass --megastow-megatron core-0.9.0=FOLDER*"),
         (["--megastow-row=core-0.9.0", "--megastow-megatron=core-0.9.0=."], "*holds no package 'megatron'"),
-        (["--megastow-row=core-0.9.0", "--megastow-megatron=core-0.9.0"], "*not of the form ID=FOLDER"),
+        ([*ROW, "--megastow-row=core-0.9.0", "--megastow-megatron=tree"], "*'tree' is not of the form ID=FOLDER"),
         (["--megastow-row=x", "--megastow-matrix=none.toml"], "cannot read the matrix*"),
+        (
+            [*ROW, "--megastow-harness=none"],
+            "row 'full-0.16.1': no harness 'none': there is no module 'none' to import",
+        ),
+        ([*ROW, "--megastow-harness=machinery_checks"], "*'machinery_checks' is no harness: it has no function build*"),
+        ([*ROW, "--megastow-harness=machinery_harness:x.y"], "*machinery_harness has no 'x'"),
+        ([*ROW, "--megastow-world=3"], "no scenario is for 3 ranks"),
     ],
 )
 def test_a_wrong_command_line_is_refused(suite, arguments, message):
@@ -212,7 +169,11 @@ def test_a_tree_can_come_from_the_environment(suite, monkeypatch):
 
 @pytest.mark.parametrize(
     ("marker", "message"),
-    [("scenarios='toy_disopt'", "*no such scenario: toy_disopt"), ("scenario='x'", "*unknown in its mark: scenario")],
+    [
+        ("scenarios='toy_disopt'", "*no such scenario: toy_disopt"),
+        ("scenario='x'", "*unknown in its mark: scenario"),
+        ("needs={'restor'}", "*no harness says that its Megatron lacks restor"),
+    ],
 )
 def test_a_typo_in_a_mark_is_an_error(suite, pytester, marker, message):
     pytester.makepyfile(
@@ -223,18 +184,9 @@ def test_a_typo_in_a_mark_is_an_error(suite, pytester, marker, message):
     result.stdout.fnmatch_lines([message])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("tier = 1", "tier = '1'"), "*tier must be of type int, not '1'"),
-        (('scope = "core"', "scope = 'most'"), "*scope must be one of full, core, not 'most'"),
-        (("evidence =", "evidense ="), "*row 'full-0.16.1': missing or unknown: evidence, evidense"),
-        (("core-0.9.0", "full-0.16.1"), "*two rows have the id 'full-0.16.1'"),
-        (("[[row]]", "[[rows]]"), "*there is no ??row?? in it"),
-    ],
-)
-def test_a_wrong_matrix_is_refused(suite, pytester, change, message):
-    pytester.makefile(".toml", matrix=MATRIX.replace(*change))
+def test_a_wrong_matrix_is_refused(suite, pytester):
+    file = pytester.path / "matrix.toml"
+    file.write_text(file.read_text().replace("evidence =", "evidense ="))
     result = suite()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: megastow: {message}"])
+    result.stderr.fnmatch_lines(["ERROR: megastow: *row 'full-0.16.1': missing or unknown: evidence, evidense"])

@@ -16,7 +16,7 @@ from megastow_conformance.rows import Row
 from megastow_conformance.scenarios import SCENARIOS
 from megastow_conformance.workers import WorkerGroup
 
-ROW = Row("none-1.0", "none", "1.0", "3.11", "real", "full", 1)
+ROW = Row("none-1.0", "none", "1.0")
 SCENARIO = SCENARIOS["toy_distopt"]
 
 
@@ -243,7 +243,7 @@ def test_workers_die_with_a_test_process_that_is_killed(check, tmp_path):
         from megastow_conformance.scenarios import SCENARIOS
         from megastow_conformance.workers import WorkerGroup
 
-        group = WorkerGroup(Row("r", "a", "1", "3", "real", "full", 1), 2, harness="machinery_harness")
+        group = WorkerGroup(Row("r", "a", "1"), 2, harness="machinery_harness")
         group.run(machinery_checks.passes, SCENARIOS["toy_distopt"])
         print(*group.pids, flush=True)
         group.run(machinery_checks.{check}, SCENARIOS["toy_distopt"])

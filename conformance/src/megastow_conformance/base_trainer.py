@@ -7,6 +7,7 @@ reduced, how the optimizer steps, where gradient buffers hang.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import io
 from collections.abc import Callable, Iterator
@@ -103,13 +104,49 @@ class BaseTrainer:
         """See ``Trainer``."""
         return []
 
+    def gather_weights(self) -> None:
+        """See ``Trainer``. Nothing, where a forward pass does it in the memory of the weights alone."""
+
+    def staged_weights(self) -> list[torch.Tensor]:
+        """See ``Trainer``. None, where weights are gathered in memory of their own."""
+        return []
+
+    @contextlib.contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """What weights are saved in, so that none is saved that is still to be gathered."""
+        self.gather_weights()
+        yield
+
     def checkpoint(self) -> dict[str, Any]:
-        """See ``Trainer``."""
-        raise NotImplementedError
+        """What Megatron's own ``state_dict`` methods give, and the shards that they leave out; see ``Trainer``."""
+        with self._whole_weights():
+            state: dict[str, Any] = {
+                "model": [chunk.state_dict() for chunk in self.model],
+                "optimizer": self.optimizer.state_dict(),
+                "shards": [
+                    {"inner": link.optimizer.state_dict(), "main": _stepped_on(link.optimizer)}
+                    for link in distributed_links(self.optimizer)
+                ],
+            }
+            return through_a_file(state)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """See ``Trainer``."""
-        raise NotImplementedError
+        """Megatron's own ``load_state_dict`` methods in Megatron's order, then the shards; see ``Trainer``.
+
+        Megatron's own loading of shards, ``load_parameter_state_from_dp_zero``, expects the optimizers of Apex or
+        Transformer Engine: with torch's, it fails on the state "step".
+        """
+        # What is loaded becomes the optimizers' own. A deep copy also takes it out of the memory of `torch.load`, which
+        # no storage can be resized in; with a GPU, the move to the device does that.
+        state = copy.deepcopy(checkpoint)
+        for chunk, saved in zip(self.model, state["model"], strict=True):
+            chunk.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for link, saved in zip(distributed_links(self.optimizer), state["shards"], strict=True):
+            link.optimizer.load_state_dict(saved["inner"])
+            for group, saved_group in zip(_stepped_on(link.optimizer), saved["main"], strict=True):
+                for main, saved_main in zip(group, saved_group, strict=True):
+                    main.copy_(saved_main)
 
     def save_sharded(self, folder: Path) -> None:
         """See ``Trainer``."""
@@ -284,6 +321,16 @@ def links(optimizer: Any) -> list[Any]:
     """The optimizers of a chain, or the optimizer alone."""
     chained = getattr(optimizer, "chained_optimizers", None)
     return [optimizer] if chained is None else [link for part in chained for link in links(part)]
+
+
+def distributed_links(optimizer: Any) -> list[Any]:
+    """Those links of a chain that keep main weights and inner state out of ``state_dict``."""
+    return [link for link in links(optimizer) if hasattr(link, "shard_fp32_from_float16_groups")]
+
+
+def _stepped_on(inner: Any) -> list[list[torch.Tensor]]:
+    """What a torch optimizer steps on, group by group."""
+    return [[parameter.detach() for parameter in group["params"]] for group in inner.param_groups]
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:

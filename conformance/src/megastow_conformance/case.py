@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from megastow_conformance.scenarios import reason_against
 
 if TYPE_CHECKING:
     import torch
-    from torch._C._distributed_c10d import Store
 
     from megastow import MemoryManager
+    from megastow_conformance.harness import Harness
     from megastow_conformance.rows import Row
     from megastow_conformance.scenarios import Scenario
     from megastow_conformance.trainer import Trainer
@@ -26,22 +28,6 @@ Check = Callable[..., None]
 
 class CheckSkipped(Exception):  # noqa: N818 - it is not an error
     """Raised by ``Case.skip``."""
-
-
-class Harness(Protocol):
-    """What the module that knows one Megatron family must offer; ``megastow_conformance.megatron_core`` is one."""
-
-    def load(self) -> object:
-        """Imports Megatron, made runnable on this machine."""
-        ...
-
-    def init_distributed(self, rank: int, world: int, store: Store) -> None:
-        """Joins the process group: gloo on a CPU, NCCL on GPUs."""
-        ...
-
-    def build(self, scenario: Scenario) -> Trainer:
-        """Builds a trainer of a scenario, from the same seed each time."""
-        ...
 
 
 class Case:
@@ -95,6 +81,17 @@ class Case:
     def on_close(self, action: Callable[[], object]) -> None:
         """Calls ``action`` when the check is over; the last one registered is called first."""
         self._cleanup.callback(action)
+
+    def lacks(self, word: str) -> str | None:
+        """Why this Megatron cannot do what a check asks for besides the scenario.
+
+        Args:
+            word: One of ``scenarios.WORDS``, such as ``"restore"``.
+
+        Returns:
+            The reason, or ``None`` if it can.
+        """
+        return reason_against(self._harness.lacks(self.row.megatron, self.device.type), self.scenario.needs | {word})
 
     def skip(self, reason: str) -> NoReturn:
         """Ends the check: it cannot be done here. Every rank must come to the same conclusion."""

@@ -26,7 +26,7 @@ class Setup:
         rank: The worker's rank.
         world: The number of ranks.
         device: The device type to run on; on ``"cuda"`` a rank has the GPU of its own number.
-        harness: The module that initialises Megatron and builds trainers.
+        harness: What initialises Megatron and builds trainers (see ``harness.find``).
         store: A path that no file is at yet, through which the ranks find each other.
         stacks: The file that the worker writes its Python stacks to on SIGUSR1.
         sys_path: The test process's module search path; what the worker lacks of it is appended.

@@ -6,9 +6,10 @@ A test asks for the fixture ``conformance`` and hands it a check::
     def test_bitexact(conformance: Conformance) -> None:
         conformance.run(bitexact)
 
-What is not tested is said: a scenario that a Megatron release cannot train is no test, and the terminal summary lists
-it with its reason; a world size that the machine has no GPUs for is a skip with its reason; a run without any row is an
-error.
+What is not tested is said: a scenario that a Megatron cannot train is no test, and the terminal summary lists it with
+the reason that its harness gives; a world size that the machine has no GPUs for is a skip with its reason; a run
+without any row is an error. ``--megastow-skips FILE`` holds all of that against a committed list (see ``skips``), and
+``--megastow-report FILE`` keeps the verdicts (see ``report``).
 
 Each pytest process keeps one worker group at a time, and the tests are put in such an order that this is enough. Under
 pytest-xdist with ``--dist loadgroup`` all tests of a row and world size go to one process (see ``xdist_groups``).
@@ -16,56 +17,23 @@ pytest-xdist with ``--dist loadgroup`` all tests of a row and world size go to o
 
 from __future__ import annotations
 
-import os
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megastow_conformance import recorder, skips
 from megastow_conformance.case import Check
+from megastow_conformance.marks import Mark, MarkError, read_mark
 from megastow_conformance.messages import Device
-from megastow_conformance.rows import MatrixError, Row, parse_trees, read_matrix, select_rows
-from megastow_conformance.scenarios import SCENARIOS, Scenario
-from megastow_conformance.workers import CHECK_SECONDS, WorkerGroup
-
-TREES_VARIABLE = "MEGASTOW_MEGATRON"
-"""The environment variable that gives ``ID=FOLDER`` pairs, separated as in PATH."""
-
-NO_ROW = f"""\
-The conformance suite trains with a real Megatron, and no Megatron was given.
-Either run the whole matrix:     nox -s tests
-or name a row and its Megatron:  pytest --megastow-matrix matrix.toml --megastow-row mcore-0.16.1 \\
-                                     --megastow-megatron mcore-0.16.1=FOLDER
-FOLDER is the one that holds the package 'megatron'; the variable {TREES_VARIABLE}="ID=FOLDER" serves as well."""
-
-Selection = str | Iterable[str] | Callable[[Scenario], bool]
-"""Which scenarios a test is for: a name, several, or a predicate."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one test runs on.
-
-    Attributes:
-        row: The Megatron release.
-        world: The number of ranks.
-        scenario: What is trained.
-    """
-
-    row: Row
-    world: int
-    scenario: Scenario
-
-    @property
-    def group(self) -> str:
-        """The name of the worker group that serves it."""
-        return f"{self.row.id}-w{self.world}"
-
-    def __str__(self) -> str:
-        return f"{self.group}-{self.scenario.name}"
+from megastow_conformance.plan import NO_ROW, Plan, Target, add_options, read_plan
+from megastow_conformance.report import write_report
+from megastow_conformance.rows import MatrixError
+from megastow_conformance.scenarios import SCENARIOS
+from megastow_conformance.workers import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -78,6 +46,7 @@ class Conformance:
 
     target: Target
     _pool: _Pool
+    _item: pytest.Item
     _seconds: float
 
     def run(self, check: Check, /, **parameters: Any) -> None:
@@ -88,7 +57,7 @@ class Conformance:
             **parameters: Keyword arguments for it; they are pickled.
         """
         __tracebackhide__ = True
-        group = self._pool.group(self.target.row, self.target.world)
+        group = self._pool.group(self.target, self._item)
         outcome = group.run(check, self.target.scenario, seconds=self._seconds, parameters=parameters)
         if outcome.verdict == "failed":
             pytest.fail(outcome.report(), pytrace=False)
@@ -101,19 +70,27 @@ class _Pool:
 
     Args:
         device: The device type that groups run on.
-        harness: The module that initialises Megatron and builds trainers.
+        asks: Whether somebody wants to know what the workers run on.
     """
 
-    def __init__(self, device: Device, harness: str) -> None:
+    def __init__(self, device: Device, *, asks: bool) -> None:
         self._device = device
-        self._harness = harness
+        self._asks = asks
+        self._described: set[str] = set()
         self._group: WorkerGroup | None = None
 
-    def group(self, row: Row, world: int) -> WorkerGroup:
-        """The group for a row and world size; another one is ended first."""
+    def group(self, target: Target, item: pytest.Item) -> WorkerGroup:
+        """The group for a test; another one is ended first."""
+        row, world = target.row, target.world
         if self._group is None or (self._group.row, self._group.world) != (row, world):
             self.close()
-            self._group = WorkerGroup(row, world, device=self._device, harness=self._harness)
+            self._group = WorkerGroup(row, world, device=self._device, harness=row.harness)
+        if self._asks and row.id not in self._described:
+            with recorder.answer_file() as file:
+                outcome = self._group.run(recorder.describe, target.scenario, parameters={"file": str(file)})
+                if outcome.verdict == "passed":
+                    recorder.attach_facts(item, row.id, json.loads(file.read_text(encoding="utf-8")))
+                    self._described.add(row.id)
         return self._group
 
     def close(self) -> None:
@@ -123,80 +100,30 @@ class _Pool:
             self._group = None
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the command line asks for.
-
-    Attributes:
-        rows: The rows, each with its folder.
-        device: The device type to run on.
-        gpus: How many GPUs there are; 0 on ``"cpu"``.
-    """
-
-    rows: tuple[Row, ...]
-    device: Device
-    gpus: int
-
-    def targets(self, wanted: Callable[[Scenario], bool], worlds: Sequence[int] | None) -> Iterator[Target]:
-        """Everything that can be trained, of what a test is for."""
-        for row in self.rows:
-            scenarios = [scenario for scenario in SCENARIOS.values() if row.includes(scenario.name)]
-            for world in sorted({world for scenario in scenarios for world in scenario.worlds}):
-                if worlds is not None and world not in worlds:
-                    continue
-                for scenario in scenarios:
-                    if world in scenario.worlds and wanted(scenario) and self.why_not(row, scenario) is None:
-                        yield Target(row, world, scenario)
-
-    def why_not(self, row: Row, scenario: Scenario) -> str | None:
-        """Why Megatron itself cannot train a scenario there."""
-        return scenario.unsupported_on(row.megatron, self.device)
-
-    def missing_gpus(self, world: int) -> str | None:
-        """Why this machine cannot run a world size."""
-        if self.device == "cpu" or world <= self.gpus:
-            return None
-        return f"{world} ranks need {world} GPUs, and there are {self.gpus}"
-
-
 _POOL = pytest.StashKey[_Pool]()
-_PLAN = pytest.StashKey[_Plan]()
+_PLAN = pytest.StashKey[Plan]()
+_RECORDER = pytest.StashKey[recorder.Recorder]()
+_DIFFERENCES = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the command line options."""
     group = parser.getgroup("megastow", "megastow conformance")
+    add_options(group)
     group.addoption(
-        "--megastow-row",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="run the conformance suite against this row of the matrix (may be given several times)",
+        "--megastow-report",
+        type=Path,
+        metavar="FILE",
+        help="write what was tested, on what, and with which verdicts to this JSON file",
     )
     group.addoption(
-        "--megastow-matrix",
-        default="matrix.toml",
-        metavar="PATH",
-        help="the file with the rows (default: %(default)s, from pytest's root folder)",
+        "--megastow-skips",
+        type=Path,
+        metavar="FILE",
+        help="fail if something is left out that this file does not declare, or the other way round",
     )
     group.addoption(
-        "--megastow-megatron",
-        action="append",
-        default=[],
-        metavar="ID=FOLDER",
-        help=f"where a row's Megatron is: the folder that holds the package 'megatron' (also: ${TREES_VARIABLE})",
-    )
-    group.addoption(
-        "--megastow-device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="what checks run on (default: cuda if there is a GPU)",
-    )
-    group.addoption(
-        "--megastow-harness",
-        default="megastow_conformance.megatron_core",
-        metavar="MODULE",
-        help="the module that builds trainers, for a Megatron that the default cannot build (default: %(default)s)",
+        "--megastow-update-skips", action="store_true", help="write that file anew instead, for the rows of this run"
     )
 
 
@@ -204,14 +131,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declares the markers and reads what the command line asks for."""
     config.addinivalue_line(
         "markers",
-        "megastow(scenarios=..., worlds=..., seconds=...): which scenarios (a name, names or a predicate) and world "
-        "sizes a conformance test is for, and how long its check may take",
+        "megastow(scenarios=..., worlds=..., needs=..., seconds=...): which scenarios (a name, names or a predicate) "
+        "and world sizes a conformance test is for, what it needs of a Megatron besides, and how long it may take",
     )
     try:
-        config.stash[_PLAN] = _read_plan(config)
+        plan = read_plan(config, lambda: _count_gpus())
     except MatrixError as error:
         raise pytest.UsageError(f"megastow: {error}") from error
-    config.stash[_POOL] = _Pool(config.stash[_PLAN].device, config.getoption("--megastow-harness"))
+    config.stash[_PLAN] = plan
+    config.stash[_POOL] = _Pool(plan.device, asks=config.getoption("--megastow-report") is not None)
+    if plan.rows and not hasattr(config, "workerinput"):  # under pytest-xdist, where all reports arrive
+        config.stash[_RECORDER] = recorder.Recorder()
+        config.pluginmanager.register(config.stash[_RECORDER], "megastow-recorder")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -235,11 +166,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     plan = metafunc.config.stash[_PLAN]
     if not plan.rows:
         raise pytest.Collector.CollectError(NO_ROW)
-    marker = metafunc.definition.get_closest_marker("megastow")
-    options: dict[str, Any] = dict(marker.kwargs) if marker else {}
-    if odd := options.keys() - {"scenarios", "worlds", "seconds"}:
-        raise pytest.Collector.CollectError(f"{metafunc.definition.nodeid}: unknown in its mark: {', '.join(odd)}")
-    targets = list(plan.targets(_predicate(metafunc, options.get("scenarios")), options.get("worlds")))
+    try:
+        mark = _mark(metafunc.definition)
+    except MarkError as error:
+        raise pytest.Collector.CollectError(f"{metafunc.definition.nodeid}: {error}") from error
+    targets = list(plan.targets(mark.wanted, mark.worlds, mark.needs))
     parameters = [pytest.param(target, id=str(target), marks=_marks(plan, target)) for target in targets]
     if not parameters:
         reason = f"no scenario of this test is for {', '.join(row.id for row in plan.rows)}"
@@ -251,15 +182,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the tests of one worker group next to each other, after all other tests.
 
-    Within a group, those of one expert-parallel layout: another layout means other process groups.
+    Within a group, those of one model-parallel layout: another layout means other process groups.
     """
     rows = [row.id for row in config.stash[_PLAN].rows]
+    for item in items:
+        if (target := _target(item)) is not None:
+            recorder.label(item, target)
 
-    def key(item: pytest.Item) -> tuple[int, int, int]:
+    def key(item: pytest.Item) -> tuple[int, ...]:
         target = _target(item)
         if target is None:
-            return (-1, 0, 0)
-        return (rows.index(target.row.id), target.world, target.scenario.expert_parallel)
+            return (-1,)
+        scenario = target.scenario
+        return (rows.index(target.row.id), target.world, scenario.expert_parallel, scenario.tensor_parallel)
 
     items.sort(key=key)
 
@@ -275,47 +210,73 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler(config, log, [row.id for row in rows])
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the report, and compares what was left out with what is declared."""
+    config = session.config
+    plan = config.stash[_PLAN]
+    if _RECORDER not in config.stash or config.getoption("collectonly"):
+        return
+    results = list(config.stash[_RECORDER].results.values())
+    report: Path | None = config.getoption("--megastow-report")
+    if report is not None:
+        write_report(config.invocation_params.dir / report, config, plan, config.stash[_RECORDER])
+    file: Path | None = config.getoption("--megastow-skips")
+    if file is None:
+        return
+    file = config.rootpath / file
+    declared = skips.read_skips(file)
+    if config.getoption("--megastow-update-skips"):
+        skips.write_skips(file, skips.updated(declared, plan.rows, plan.device, results))
+        return
+    found = skips.static_differences(declared, plan.rows) + skips.run_differences(declared, plan.device, results)
+    config.stash[_DIFFERENCES] = found
+    if found and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Lists what Megatron itself cannot train and what the rows' scopes leave out."""
     plan = config.stash[_PLAN]
     if not plan.rows:
         return
     terminalreporter.section("megastow: declared, not tested")
+    pairs = plan.pairs()
     for row in plan.rows:
-        left_out = sum(not row.includes(name) for name in SCENARIOS)
+        left_out = sum(not row.includes(scenario.name, world) for scenario, world in pairs)
         if left_out:
             terminalreporter.line(
-                f"{row.id}: the row's scope is {row.scope!r}: {left_out} of {len(SCENARIOS)} scenarios"
+                f"{row.id}: the scope is {row.scope!r}: it leaves out {left_out} of {len(pairs)} pairs of scenario and "
+                "world size"
             )
         reasons: dict[str, list[str]] = defaultdict(list)
         for name, scenario in SCENARIOS.items():
-            if row.includes(name) and (reason := plan.why_not(row, scenario)):
+            if reason := plan.why_not(row, scenario):
                 reasons[reason].append(name)
         for reason, names in reasons.items():
             terminalreporter.line(f"{row.id}: {reason}: {', '.join(names)}")
+    if found := config.stash.get(_DIFFERENCES, []):
+        file = config.getoption("--megastow-skips")
+        terminalreporter.section(f"megastow: {file} says otherwise", red=True, bold=True)
+        for difference in found:
+            terminalreporter.line(difference)
+        terminalreporter.line(f"If that is meant, run this again with --megastow-update-skips, or {skips.COMMAND}.")
 
 
 @pytest.fixture
 def conformance(request: pytest.FixtureRequest) -> Conformance:
     """Runs checks on the test's row, world size and scenario."""
-    marker = request.node.get_closest_marker("megastow")
-    seconds = marker.kwargs.get("seconds", CHECK_SECONDS) if marker else CHECK_SECONDS
-    return Conformance(request.param, request.config.stash[_POOL], seconds)
+    item = request.node
+    return Conformance(request.param, request.config.stash[_POOL], item, _mark(item).seconds)
 
 
-def _read_plan(config: pytest.Config) -> _Plan:
-    """What the command line and the environment ask for; without a row neither file nor torch is looked at."""
-    ids: list[str] = config.getoption("--megastow-row")
-    if not ids:
-        return _Plan((), "cpu", 0)
-    pairs = [pair for pair in os.environ.get(TREES_VARIABLE, "").split(os.pathsep) if pair]
-    trees = parse_trees([*pairs, *config.getoption("--megastow-megatron")])
-    matrix = read_matrix(config.rootpath / Path(config.getoption("--megastow-matrix")))
-    rows = tuple(select_rows(matrix, ids, trees))
-    gpus = 0 if config.getoption("--megastow-device") == "cpu" else _count_gpus()
-    if config.getoption("--megastow-device") == "cuda" and not gpus:
-        raise MatrixError("--megastow-device cuda, but torch sees no CUDA device")
-    return _Plan(rows, "cuda" if gpus else "cpu", gpus)
+def _mark(definition: pytest.Item | pytest.Function) -> Mark:
+    """What a test's mark says.
+
+    Raises:
+        MarkError: If something in it is unknown.
+    """
+    marker = definition.get_closest_marker("megastow")
+    return read_mark(marker.kwargs if marker else {})
 
 
 def _count_gpus() -> int:
@@ -325,21 +286,7 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _predicate(metafunc: pytest.Metafunc, selection: Selection | None) -> Callable[[Scenario], bool]:
-    """A mark's ``scenarios`` as a predicate; names must exist."""
-    if selection is None:
-        return lambda scenario: True
-    if callable(selection):
-        return selection
-    names = {selection} if isinstance(selection, str) else set(selection)
-    if unknown := names - SCENARIOS.keys():
-        raise pytest.Collector.CollectError(
-            f"{metafunc.definition.nodeid}: no such scenario: {', '.join(sorted(unknown))}"
-        )
-    return lambda scenario: scenario.name in names
-
-
-def _marks(plan: _Plan, target: Target) -> list[pytest.MarkDecorator]:
+def _marks(plan: Plan, target: Target) -> list[pytest.MarkDecorator]:
     reason = plan.missing_gpus(target.world)
     return [pytest.mark.skip(reason=reason)] if reason else []
 

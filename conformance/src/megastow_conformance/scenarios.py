@@ -1,47 +1,21 @@
 """The training setups that conformance checks run on, as data.
 
 Each scenario exists because a peer, an upstream release or a trial of ours got that case wrong, or because state lives
-somewhere else in it. Nothing of Megatron is imported here: a test runner can list, filter and skip scenarios in a
-process that never loads Megatron, and a reason to skip is data that the runner must show, not a branch hidden in code.
+somewhere else in it. Nothing of Megatron is imported here, nor anything that has to be installed: a test runner can
+list, filter and skip scenarios in a process that never loads Megatron. What a scenario asks of a Megatron is a set of
+words (``Scenario.needs``); what a Megatron cannot do is said by its harness in the same words, each with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from packaging.version import Version
-
 Model = Literal["toy", "gpt"]
 Precision = Literal["bf16", "fp16", "fp32"]
 DeviceType = Literal["cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A range in which Megatron itself cannot run a scenario.
-
-    Attributes:
-        reason: Why, for the person who reads the skip.
-        first: The first Megatron version concerned; ``None`` means from the beginning.
-        before: The first version that is free of it again; ``None`` means none yet.
-        device: The device type concerned; ``None`` means any.
-    """
-
-    reason: str
-    first: str | None = None
-    before: str | None = None
-    device: DeviceType | None = None
-
-    def covers(self, version: Version, device: DeviceType) -> bool:
-        """Whether this limit holds for a Megatron version on a device type."""
-        return (
-            (self.device is None or self.device == device)
-            and (self.first is None or version >= Version(self.first))
-            and (self.before is None or version < Version(self.before))
-        )
 
 
 @dataclass(frozen=True)
@@ -73,14 +47,13 @@ class Scenario:
         mixed_chain: Two chunks with optimizers of different kinds in one chain: distributed and plain.
         initial_loss_scale: Where the dynamic loss scaler of fp16 starts.
         cpu_offload_fraction: The part of the optimizer that HybridDeviceOptimizer keeps on the host.
-        limits: Where Megatron itself cannot run it.
     """
 
     name: str
     summary: str
     model: Model
     distributed_optimizer: bool
-    worlds: tuple[int, ...] = (1, 2)
+    worlds: tuple[int, ...] = (1, 2, 4)
     precision: Precision = "bf16"
     optimizer: Literal["adam", "sgd"] = "adam"
     microbatches: int = 2
@@ -99,60 +72,61 @@ class Scenario:
     mixed_chain: bool = False
     initial_loss_scale: float | None = None
     cpu_offload_fraction: float = 0.0
-    limits: tuple[Limit, ...] = ()
-
-    def unsupported_on(self, version: str | Version, device: DeviceType = "cpu") -> str | None:
-        """Why Megatron cannot run this scenario there.
-
-        Args:
-            version: A megatron-core version.
-            device: The device type it would run on.
-
-        Returns:
-            The reason, or ``None`` if it can.
-        """
-        return _first_reason(self.limits, version, device)
 
     @property
-    def restore_unsupported(self) -> str | None:
-        """Why Megatron cannot load a checkpoint of this scenario, though it can train it; ``None`` if it can."""
-        if self.cpu_offload_fraction:
-            return "HybridDeviceOptimizer's own load hook ends in a KeyError (seen on 0.16.1, without megastow)"
-        return None
-
-    def sharded_checkpoint_unsupported_on(self, version: str | Version, device: DeviceType = "cpu") -> str | None:
-        """Why Megatron cannot save this scenario with ``dist_checkpointing`` there, though it can train it.
-
-        Args:
-            version: A megatron-core version.
-            device: The device type it would run on.
-
-        Returns:
-            The reason, or ``None`` if it can.
-        """
-        if self.model == "toy":
-            return "only Megatron's own modules know how their state is sharded"
-        return _first_reason(_SHARDED_CHECKPOINT_LIMITS, version, device)
+    def needs(self) -> frozenset[str]:
+        """What it asks of a Megatron, in the words of ``WORDS``."""
+        return frozenset(word for word, is_asked in _NEEDS.items() if is_asked(self))
 
 
-def _first_reason(limits: tuple[Limit, ...], version: str | Version, device: DeviceType) -> str | None:
-    parsed = Version(str(version))
-    return next((limit.reason for limit in limits if limit.covers(parsed, device)), None)
-
-
-_SHARDED_CHECKPOINT_LIMITS = (
-    Limit(
-        "before 0.13, distributed checkpoints are written by a private function of torch (_write_item) whose arguments "
-        "have changed since",
-        before="0.13",
-    ),
+_NEEDS: Mapping[str, Callable[[Scenario], bool]] = MappingProxyType(
+    {
+        "gpt": lambda scenario: scenario.model == "gpt",
+        "distributed_optimizer": lambda scenario: scenario.distributed_optimizer,
+        "plain_optimizer": lambda scenario: not scenario.distributed_optimizer,
+        "experts": lambda scenario: scenario.experts,
+        "expert_parallel": lambda scenario: scenario.expert_parallel > 1,
+        "tensor_parallel": lambda scenario: scenario.tensor_parallel > 1,
+        "virtual_pipeline": lambda scenario: scenario.chunks > 1,
+        "overlap": lambda scenario: scenario.overlap,
+        "bf16_grads": lambda scenario: scenario.precision == "bf16" and not scenario.grad_reduce_in_fp32,
+        "fp16": lambda scenario: scenario.precision == "fp16",
+        "fp32_params": lambda scenario: scenario.fp32_params,
+        "fp32_model": lambda scenario: scenario.precision == "fp32",
+        "frozen": lambda scenario: scenario.frozen,
+        "tied": lambda scenario: scenario.tied,
+        "lora": lambda scenario: scenario.lora,
+        "sgd": lambda scenario: scenario.optimizer == "sgd",
+        "sgd_distopt": lambda scenario: scenario.optimizer == "sgd" and scenario.distributed_optimizer,
+        "mixed_chain": lambda scenario: scenario.mixed_chain,
+        "hybrid": lambda scenario: scenario.cpu_offload_fraction > 0,
+        "precision_aware": lambda scenario: scenario.precision_aware,
+    }
 )
 
+WORDS = frozenset(_NEEDS) | {"restore", "sharded_checkpoint"}
+"""Everything that a Megatron may lack: what scenarios need, and what checks ask of a trainer besides: to load a plain
+checkpoint ("restore") and to save and load a distributed one."""
 
-_NO_HYBRID = (
-    Limit("HybridDeviceOptimizer came with megatron-core 0.12", before="0.12"),
-    Limit("HybridDeviceOptimizer tells host from device by Tensor.is_cuda, so it needs a GPU", device="cpu"),
-)
+
+def reason_against(lacks: Mapping[str, str], needs: Set[str]) -> str | None:
+    """Why something cannot be done with a Megatron.
+
+    Args:
+        lacks: What the Megatron cannot do, with the reasons. A key of several words joined by ``+`` stands for what
+            cannot be done together.
+        needs: The words of what is to be done.
+
+    Returns:
+        The first reason that applies; ``None`` if it can be done.
+    """
+    return next((reason for words, reason in lacks.items() if needs >= set(words.split("+"))), None)
+
+
+def unknown_words(lacks: Iterable[str]) -> list[str]:
+    """The words in the keys of a harness's ``lacks`` that are not in ``WORDS``: nothing would ever ask for them."""
+    return sorted({word for words in lacks for word in words.split("+")} - WORDS)
+
 
 _BASES: tuple[Scenario, ...] = (
     Scenario(
@@ -164,6 +138,15 @@ _BASES: tuple[Scenario, ...] = (
         tied=True,
         frozen=True,
         experts=True,
+    ),
+    Scenario(
+        "toy_dense",
+        "the same without experts, which not every Megatron has",
+        "toy",
+        True,
+        fp32_params=True,
+        tied=True,
+        frozen=True,
     ),
     Scenario(
         "toy_vpp",
@@ -198,7 +181,8 @@ _BASES: tuple[Scenario, ...] = (
     ),
     Scenario("gpt", "dense GPTModel", "gpt", True),
     Scenario("gpt_moe", "mixture of experts, expert buffers", "gpt", True, experts=True),
-    Scenario("gpt_ep2", "expert parallel over two ranks", "gpt", True, worlds=(2,), experts=True, expert_parallel=2),
+    Scenario("gpt_ep2", "expert parallel over two ranks", "gpt", True, worlds=(2, 4), experts=True, expert_parallel=2),
+    Scenario("gpt_tp2", "every layer split over two ranks", "gpt", True, worlds=(2, 4), tensor_parallel=2),
     Scenario("gpt_vpp", "two chunks in one list, the second without buckets", "gpt", True, chunks=2),
     Scenario("gpt_overlap", "overlapped communication, many buckets", "gpt", True, overlap=True, bucket_size=3000),
     Scenario("gpt_frozen", "embeddings and first layer frozen", "gpt", True, frozen=True),
@@ -212,10 +196,8 @@ _BASES: tuple[Scenario, ...] = (
     ),
 )
 
-_ADAM_ONLY = (Limit("Megatron's DistributedOptimizer accepts no SGD, because of its checkpoints"),)
-
 _SINGLES: tuple[Scenario, ...] = (
-    Scenario("toy_sgd_distopt", "SGD with momentum", "toy", True, optimizer="sgd", limits=_ADAM_ONLY),
+    Scenario("toy_sgd_distopt", "SGD with momentum", "toy", True, optimizer="sgd"),
     Scenario("toy_sgd_plainopt", "SGD with momentum", "toy", False, optimizer="sgd"),
     Scenario(
         "toy_mixed_chain", "a distributed and a plain optimizer in one chain", "toy", True, chunks=2, mixed_chain=True
@@ -226,7 +208,13 @@ _SINGLES: tuple[Scenario, ...] = (
         "toy",
         True,
         cpu_offload_fraction=0.5,
-        limits=_NO_HYBRID,
+    ),
+    Scenario(
+        "toy_precision_aware_distopt",
+        "Transformer Engine's fused Adam keeps the main weights, in its own state",
+        "toy",
+        True,
+        precision_aware=True,
     ),
 )
 
@@ -249,3 +237,21 @@ def _table() -> Mapping[str, Scenario]:
 
 SCENARIOS: Mapping[str, Scenario] = _table()
 """All scenarios by name."""
+
+CORE: frozenset[tuple[str, int]] = frozenset(
+    {
+        ("toy_distopt", 2),
+        ("toy_plainopt", 1),
+        ("toy_dense_distopt", 2),
+        ("toy_vpp_distopt", 2),
+        ("toy_bf16_grads_plainopt", 1),
+        ("toy_fp16_distopt", 1),
+        ("toy_fp32_plainopt", 2),
+        ("toy_mixed_chain", 1),
+        ("gpt_ep2_distopt", 2),
+        ("gpt_tp2_plainopt", 2),
+    }
+)
+"""Scenarios and world sizes that together reach each kind of storage, with both optimizers, alone and in company: what
+is affordable for every release after every change. They suffice without those that need a language model, because not
+every Megatron has one, and hold for one without experts, too."""

@@ -58,6 +58,8 @@ def install(core_version: Version) -> None:
         _stand_in_for_apex()
     if core_version < Version("0.9") and _is_missing("pkg_resources"):
         _stand_in_for_pkg_resources()
+    if core_version < Version("0.1") and _is_missing("torch._six"):
+        _stand_in("torch._six", inf=float("inf"))  # torch has lost it since
     if _is_missing("psutil"):
         _stand_in_for_psutil()
     if core_version >= Version("0.18") and _is_missing("triton"):
@@ -68,6 +70,8 @@ def install(core_version: Version) -> None:
         _answer_tensor_type()
         _answer_tensor_cuda()
         _answer_streams()
+        if core_version < Version("0.5"):
+            _answer_legacy_constructors()
 
 
 def install_gpt(core_version: Version) -> None:
@@ -78,6 +82,8 @@ def install_gpt(core_version: Version) -> None:
     """
     if core_version < Version("0.10") and _is_missing("apex.normalization"):
         _stand_in_for_apex_normalization()
+    if core_version < Version("0.8") and _is_missing("transformer_engine"):
+        _stand_in_for_transformer_engine_layers()
     if not torch.cuda.is_available():
         _answer_random_state()
         if core_version < Version("0.10"):
@@ -180,6 +186,27 @@ def _answer_tensor_type() -> None:
         return original(tensor).replace("torch.", "torch.cuda.", 1)
 
     setattr(torch.Tensor, "type", type_)  # noqa: B010
+
+
+def _answer_legacy_constructors() -> None:
+    """Before 0.5 some scalars are made with constructors such as ``torch.cuda.FloatTensor([1.0])``.
+
+    Modules also ask whether something is an instance of them; here nothing is, and no trainer needs the answer.
+    """
+    for dtype, name in _LEGACY_CONSTRUCTORS.items():
+
+        def make(_cls: type, values: Any, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype)
+
+        setattr(torch.cuda, name, type(name, (), {"__new__": make}))
+
+
+_LEGACY_CONSTRUCTORS = {
+    torch.float32: "FloatTensor",
+    torch.float16: "HalfTensor",
+    torch.bfloat16: "BFloat16Tensor",
+    torch.int32: "IntTensor",
+}
 
 
 def _answer_tensor_cuda() -> None:
@@ -360,8 +387,24 @@ def _stand_in_for_apex_normalization() -> None:
     _stand_in("apex.normalization.fused_layer_norm", FusedLayerNormAffineFunction=_LayerNormAffine)
 
 
+def _stand_in_for_transformer_engine_layers() -> None:
+    """Before 0.8 every model imports Megatron's wrappers of Transformer Engine, and uses only one of the layers.
+
+    That one is the norm at the end of a ``TransformerBlock``; 0.8 takes Megatron's own there when there is no
+    Transformer Engine, and so does this.
+    """
+
+    def norm(config: Any, hidden_size: int, eps: float = 1e-5) -> Any:
+        fusions: Any = importlib.import_module("megatron.core.fusions.fused_layer_norm")
+        return fusions.FusedLayerNorm(config=config, hidden_size=hidden_size, eps=eps)
+
+    module = _ModuleOfAnything("megatron.core.transformer.custom_layers.transformer_engine")
+    module.__dict__.update(TENorm=norm, SplitAlongDim=None, get_cpu_offload_context=None)
+    _register(module)
+
+
 def _stand_in_for_pkg_resources() -> None:
-    """0.7 and 0.8 ask it for a version; setuptools no longer has it."""
+    """0.6 to 0.8 ask it for a version; setuptools no longer has it."""
     _stand_in(
         "pkg_resources",
         get_distribution=lambda name: types.SimpleNamespace(version="1.0.0"),

@@ -131,6 +131,21 @@ class Trainer(Protocol):
         """The live gradient tensors: gradient buffers, ``main_grad`` and ``.grad``, under unique names."""
         ...
 
+    def gather_weights(self) -> None:
+        """Makes the weights whole, as training loops do before they evaluate or save; every rank must call it.
+
+        Under overlapped communication the weights that a step has made may be gathered in the next forward pass only.
+        A forward pass after this needs nothing but the weights. Called between steps.
+        """
+        ...
+
+    def staged_weights(self) -> list[torch.Tensor]:
+        """Tensors in gradient memory that hold, just now, the only copy of new weights.
+
+        That memory is no gradient's at present: it must come back as it was, whatever is said about gradients.
+        """
+        ...
+
     def clear_grads(self) -> None:
         """Clears all gradients, as the training loop does at the end of a step."""
         ...

@@ -22,7 +22,9 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, cast
 
-from megastow_conformance.case import Case, Check, CheckSkipped, Harness
+from megastow_conformance import harness as harnesses
+from megastow_conformance.case import Case, Check, CheckSkipped
+from megastow_conformance.harness import Harness
 from megastow_conformance.messages import Reply, Request, Setup
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def _set_up(setup: Setup) -> tuple[Harness, torch.device]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    harness = cast("Harness", importlib.import_module(setup.harness))
+    harness = harnesses.find(setup.harness)
     dist: Any = torch.distributed  # it declares no exports
     store = dist.HashStore() if setup.world == 1 else dist.FileStore(setup.store, setup.world)
     harness.load()

@@ -25,7 +25,7 @@ class _WorkerGroupScheduling(LoadGroupScheduling):  # type: ignore[misc] # xdist
 
 
 def group_of(nodeid: str, row_ids: Iterable[str]) -> str | None:
-    """The worker group that a test's id names, such as ``mcore-0.16.1-w2``; ``None`` if it is no conformance test."""
+    """The worker group that a test's id names, such as ``mcore-0.16-w2``; ``None`` if it is no conformance test."""
     rows = "|".join(re.escape(row_id) for row_id in row_ids)
     match = re.search(rf"\[((?:{rows})-w\d+)-", nodeid)
     return match[1] if match else None

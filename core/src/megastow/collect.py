@@ -13,8 +13,6 @@ import torch
 from megastow.errors import InvalidArgumentError
 from megastow.state import Inventory, StateKind, TensorGroup
 
-_OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
-
 
 def find_device(modules: Sequence[torch.nn.Module]) -> torch.device:
     """The one device that holds all parameters.
@@ -56,7 +54,12 @@ def largest_dtype(modules: Sequence[torch.nn.Module]) -> torch.dtype:
 
 
 def add_modules(inventory: Inventory, modules: Sequence[torch.nn.Module]) -> None:
-    """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies)."""
+    """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies).
+
+    What an adapter has listed before keeps the kind that it was given: a wrapper's own flat gradient buffer, kept as an
+    attribute, is no weight.
+    """
+    listed = {_storage_of(tensor) for known in inventory.groups for _, tensor in known.tensors}
     group = inventory.group(StateKind.WEIGHTS, "parameters and buffers")
     others = inventory.group(StateKind.WEIGHTS, "tensor attributes of modules", transient=True)
     for index, root in enumerate(modules):
@@ -66,14 +69,26 @@ def add_modules(inventory: Inventory, modules: Sequence[torch.nn.Module]) -> Non
             for table in ("_parameters", "_buffers"):
                 for name, tensor in attributes[table].items():
                     group.add(f"{path}.{name}" if path else name, tensor)
-            add_attributes(others, path, module, skip=_OWN_TABLES)
+            for name, value in tensor_attributes(module):
+                if _storage_of(value) not in listed:
+                    others.add(f"{path}.{name}" if path else name, value)
 
 
-def add_attributes(group: TensorGroup, path: str, owner: object, *, skip: frozenset[str] = frozenset()) -> None:
-    """The tensors among the plain attributes of an object; what its owner has emptied itself is passed over."""
+def add_attributes(group: TensorGroup, path: str, owner: object) -> None:
+    """The tensors among the plain attributes of an object."""
+    for name, value in tensor_attributes(owner):
+        group.add(f"{path}.{name}" if path else name, value)
+
+
+def tensor_attributes(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """Attributes that are tensors with memory; what the owner has emptied itself is passed over."""
     for name, value in vars(owner).items():
-        if isinstance(value, torch.Tensor) and name not in skip and _has_bytes(value):
-            group.add(f"{path}.{name}" if path else name, value)
+        if isinstance(value, torch.Tensor) and _has_bytes(value):
+            yield name, value
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def add_main_weights(group: TensorGroup, optimizer: torch.optim.Optimizer) -> None:

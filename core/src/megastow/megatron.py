@@ -11,7 +11,7 @@ import enum
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -71,17 +71,25 @@ class MegatronInfo:
         path: the folder of the `megatron` package.
         version: what `megatron/core/package_info.py` states; None if there is none. It may lie: the branch
             24.09-alpha states 0.9.0rc0, and has the layout before 0.9.
-        features: the names that the files of the data-parallel layer define or import, as
-            "core/distributed/x.py:Name".
     """
 
     path: Path
     version: Version | None
-    features: frozenset[str] = field(default_factory=frozenset)
 
     def defines(self, file: str, name: str) -> bool:
         """Whether `file` (relative to the package) defines or imports `name` at its top level."""
-        return f"{file}:{name}" in self.features
+        return name in _names(self.path / file)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Those of the names that tell the generations apart which are there, as "core/distributed/x.py:Name"."""
+        return frozenset(
+            f"{file}:{name}"
+            for _, signals in _SIGNALS
+            for file, names in signals.items()
+            for name in names
+            if self.defines(file, name)
+        )
 
     @property
     def generation(self) -> Generation | None:
@@ -115,7 +123,7 @@ def detect_megatron() -> MegatronInfo | None:
     for folder in _package_folders():
         core = folder / "core"
         if core.is_dir() or (folder / "model").is_dir():
-            return MegatronInfo(folder, _version(core / "package_info.py"), frozenset(_names(folder)))
+            return MegatronInfo(folder, _version(core / "package_info.py"))
     return None
 
 
@@ -144,15 +152,17 @@ def _version(file: Path) -> Version | None:
         return None
 
 
-def _names(folder: Path) -> Iterator[str]:
-    for file in sorted({file for _, signals in _SIGNALS for file in signals}):
-        for node in _top_level(folder / file):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                yield f"{file}:{node.name}"
-            elif isinstance(node, ast.Assign):
-                yield from (f"{file}:{target.id}" for target in node.targets if isinstance(target, ast.Name))
-            elif isinstance(node, ast.ImportFrom):
-                yield from (f"{file}:{alias.asname or alias.name}" for alias in node.names)
+def _names(file: Path) -> set[str]:
+    """The names that a file defines or imports at its top level."""
+    names: set[str] = set()
+    for node in _top_level(file):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+    return names
 
 
 def _top_level(file: Path) -> list[ast.stmt]:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from megastow import collect
-from megastow.guard import CallTable, GuardedCall, guarded, module_calls
-from megastow.megatron_parts import add_dispatchers, add_optimizer, optimizer_calls, unwrap
+from megastow.guard import CallTable, GuardedCall, call_table, guarded, module_calls
+from megastow.megatron_parts import add_dispatchers, add_optimizer, leaves, nested, optimizer_calls, unwrap
 from megastow.state import Inventory, StateKind
 
 
@@ -83,3 +83,73 @@ class MegatronBinding:
     def entrances(self) -> Sequence[torch.nn.Module]:
         """The modules inside the wrappers: whoever calls whichever wrapper gets there."""
         return [unwrap(chunk) for chunk in self._model]
+
+
+class FlatGradientsBinding(MegatronBinding):
+    """Chunks whose flat buffers are for gradients only, with parameters in storages of their own.
+
+    So it is in every generation before megatron-core 0.6: `MemoryBuffer` (megatron/model/distributed.py of Megatron-LM
+    v2.5 to 23.08, and of the Qwen-MoE fork, which nests them one level deeper) and `GradBuffer`. The distributed
+    optimizer lays its `param_buffers` over the storage of the gradients, to gather new parameters in. Nothing of that
+    is in flight between two calls unless a generation says so in `quiesce`.
+
+    Attributes:
+        buffer_attributes: What a chunk calls its buffers: anything nested of objects with the flat tensor as `data`, or
+            of tensors.
+        flat_calls: The methods of a buffer that read or write it.
+    """
+
+    chunk_calls = call_table(
+        ((StateKind.WEIGHTS,), "broadcast_params"),
+        ((StateKind.GRAD_BUFFERS,), "zero_grad_buffer allreduce_gradients"),
+    )
+    buffer_attributes: ClassVar[Sequence[str]] = ("_grad_buffers",)
+    flat_calls: ClassVar[CallTable] = call_table(((StateKind.GRAD_BUFFERS,), "zero"))
+
+    @property
+    def facts(self) -> Mapping[str, object]:
+        """What was found; that gradients are fp32 shows in the buffers where a chunk has not noted what is wanted."""
+        are_fp32 = {flat.dtype for _, flat in self.flat_gradients()} == {torch.float32}
+        return {
+            "use_distributed_optimizer": any(hasattr(leaf, "param_buffers") for leaf in leaves(self._optimizer)),
+            "accumulate_allreduce_grads_in_fp32": all(
+                getattr(chunk, "accumulate_allreduce_grads_in_fp32", are_fp32) for chunk in self._model
+            ),
+            "params_dtype": collect.largest_dtype(self._model),
+        }
+
+    def buffers(self) -> Iterator[tuple[str, Any]]:
+        """The buffers of all chunks, with their paths."""
+        for number, chunk in enumerate(self._model):
+            for attribute in self.buffer_attributes:
+                yield from nested(f"chunk{number}.{attribute}", getattr(chunk, attribute, None))
+
+    def flat_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors in which gradients lie, with their paths."""
+        for path, buffer in self.buffers():
+            yield (path, buffer) if isinstance(buffer, torch.Tensor) else (f"{path}.data", buffer.data)
+
+    def staged_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those gradient tensors on whose storage, just now, the only copy of new parameters lies."""
+        yield from ()
+
+    def add_buffers(self, inventory: Inventory) -> None:
+        """The gradients, the views of the distributed optimizer on them, and what of it must not be dropped now."""
+        grads = inventory.group(StateKind.GRAD_BUFFERS, "flat gradient buffers", keep=False)
+        for path, tensor in self.flat_gradients():
+            grads.add(path, tensor)
+        for number, leaf in enumerate(leaves(self._optimizer)):
+            for path, tensor in nested(f"optimizer[{number}].param_buffers", getattr(leaf, "param_buffers", None)):
+                grads.add(path, tensor)
+        staged = inventory.group(StateKind.GRAD_BUFFERS, "gradient buffers with parameters still to be gathered")
+        for path, tensor in self.staged_gradients():
+            staged.add(path, tensor)
+
+    def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
+        """Nothing to wait for: these generations communicate synchronously."""
+
+    def buffer_calls(self) -> Iterator[GuardedCall]:
+        """Whoever holds a buffer may use it without the chunk."""
+        for _, buffer in self.buffers():
+            if not isinstance(buffer, torch.Tensor):
+                yield from guarded(buffer, self.flat_calls)

@@ -7,7 +7,7 @@ about its generation.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,23 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
         module = inner
     return module
+
+
+def nested(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What dicts and lists, however nested, end in, each with the path to it; None has nothing.
+
+    Args:
+        path: How the value itself is called.
+        value: A leaf, or dicts, lists and tuples of such.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from nested(f"{path}[{key}]", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from nested(f"{path}[{index}]", item)
+    elif value is not None:
+        yield path, value
 
 
 def add_dispatchers(inventory: Inventory, model: Iterable[torch.nn.Module]) -> None:
@@ -141,9 +158,13 @@ _OPTIMIZER_CALLS = call_table(
     ((_M, _G), "prepare_grads"),
     ((_G,), "get_grad_norm clip_grad_norm count_zeros get_main_grads_for_grad_norm get_grads_for_grad_norm zero_grad"),
     ((_W, _M), "reload_model_params start_param_sync allgather_params broadcast_params"),
+    ((_W, _G), "gather_model_params"),
+    ((_G,), "reduce_model_grads allreduce_layernorm_grads allreduce_embedding_grads"),
+    ((_G,), "allreduce_word_embedding_grads allreduce_position_embedding_grads"),
     ((_W, _M, _G), "_copy_main_params_to_param_buffer prepare_model_params_for_param_sync"),
     ((_W, _M, _S), "state_dict load_state_dict sharded_state_dict offload_to_cpu restore_from_cpu"),
     ((_W, _M, _S), "save_parameter_state load_parameter_state"),
+    ((_W, _M, _S), "get_parameter_state load_parameter_state_from_state_dict"),
     (
         (_W, _M, _S),
         "get_parameter_state_dp_zero get_parameter_state_fs_bucket_space get_parameter_state_dp_reshardable",
@@ -179,6 +200,25 @@ def wait_until_idle(handles: Iterable[tuple[str, Any]]) -> None:
                         "Nothing was moved"
                     )
                 time.sleep(1e-4)
+
+
+def launched_by_buckets(buffers: Iterable[tuple[str, Any]], optimizer: Any) -> Iterator[tuple[str, Any]]:
+    """The work of buckets that reduce gradients and of optimizers that gather parameters, for `wait_until_idle`.
+
+    So it is up to megatron-core 0.8, in distributed/{grad_buffer,param_and_grad_buffer}.py and distrib_optimizer.py.
+
+    That gradients are still to be waited for cannot be told there: a bucket keeps the handle of its reduction, and the
+    mark beside it, from the launch until `zero_grad_buffer`, whether `finish_grad_sync` was called or not, and gloo's
+    reduce-scatter does not even say that it was waited for. So adapters do not refuse to drop gradients. With the
+    reduction over, releasing the memory is safe, and to drop gradients that no step has used is as much the caller's
+    decision as it is without overlapped communication.
+    """
+    for path, buffer in buffers:
+        for number, bucket in enumerate(getattr(buffer, "buckets", ())):
+            yield f"{path}.buckets[{number}]", bucket.communication_handle
+    for number, leaf in enumerate(leaves(optimizer)):
+        for handle in getattr(leaf, "all_gather_handles", ()):
+            yield f"optimizer[{number}]", handle
 
 
 _HELD = ("works", "handles", "all_to_all_handle")

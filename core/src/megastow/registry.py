@@ -100,7 +100,7 @@ def choose_adapter(model: Sequence[torch.nn.Module], optimizer: object, name: st
     accepting = [v.adapter for v in verdicts if v.adapter is not None and not v.reasons]
     if len(accepting) == 1:
         return accepting[0]
-    found = f"megatron-core {megatron.version} at {megatron.path}" if megatron else "no Megatron on the import path"
+    found = megatron or "no Megatron on the import path"
     listing = "\n".join(f"  - {v}" for v in verdicts)
     raise AdapterSelectionError(
         f"{len(accepting)} adapters accept a {type(model[0]).__qualname__} with "

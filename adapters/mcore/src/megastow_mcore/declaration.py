@@ -11,6 +11,9 @@ from megastow.adapter import BoundAdapter
 from megastow.megatron import Generation
 from megastow.megatron_adapter import MegatronAdapter
 
+SHARDING_WRAPPERS = frozenset({"FullyShardedDataParallel", "TorchFullyShardedDataParallel"})
+"""Megatron's own (core/distributed/custom_fsdp, fsdp/mcore_fsdp_adapter.py) and its wrapper of torch's."""
+
 
 class McoreAdapter(MegatronAdapter):
     """The adapter for the `_ParamAndGradBuffer` generation of megatron-core."""
@@ -21,8 +24,9 @@ class McoreAdapter(MegatronAdapter):
     tested_below = Version("0.20")
 
     def refuses_unknown_layout(self, index: int, chunk: torch.nn.Module) -> list[str]:
-        """None: a sharding wrapper of this Megatron is ours to name, with what to do instead, when it is bound."""
-        return []
+        """Why not; nothing for this Megatron's sharding wrappers, which are named when they are bound."""
+        names = {base.__name__ for base in type(chunk).__mro__}
+        return [] if names & SHARDING_WRAPPERS else super().refuses_unknown_layout(index, chunk)
 
     def bind(self, model: Sequence[torch.nn.Module], optimizer: object) -> BoundAdapter:
         """Take charge of the chunks and the optimizer.

@@ -1,1 +1,1 @@
-"""The suite itself: ``pytest --pyargs megastow_conformance.suite``, with at least one ``--megastow-row``."""
+"""The suite itself: ``pytest --pyargs megastow_conformance``, with a ``--megastow-row`` or a ``--megastow-adapter``."""

@@ -76,15 +76,17 @@ def test_guard_of_backward(conformance: Conformance) -> None:
     conformance.run(faults.guard_backward)
 
 
+@pytest.mark.megastow(needs={"restore"})
 def test_checkpoint(conformance: Conformance) -> None:
     conformance.run(training.checkpoint)
 
 
+@pytest.mark.megastow(needs={"restore"})
 def test_checkpoint_load_state_dict(conformance: Conformance) -> None:
     conformance.run(training.load_state_dict)
 
 
-@pytest.mark.megastow(scenarios=lambda scenario: scenario.model == "gpt")
+@pytest.mark.megastow(scenarios=lambda scenario: scenario.model == "gpt", needs={"sharded_checkpoint"})
 def test_checkpoint_sharded(conformance: Conformance) -> None:
     conformance.run(training.checkpoint_sharded)
 
