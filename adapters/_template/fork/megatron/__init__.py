@@ -1,0 +1,1 @@
+"""Stands for your fork of Megatron. Yours is installed; this one is as small as a fork can be, and is ours."""
