@@ -140,6 +140,7 @@ def _transformer_config(scenario: Scenario) -> Any:
         params_dtype=DTYPES[scenario.precision],
         pipeline_dtype=DTYPES[scenario.precision],
         tensor_model_parallel_size=scenario.tensor_parallel,
+        expert_model_parallel_size=scenario.expert_parallel,
         **(experts if is_moe else {}),
     )
 
