@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megastow_conformance import harness
+from megastow_conformance.marks import suite_marks
 from megastow_conformance.plan import lacks_of
 from megastow_conformance.rows import DOUBLES, MatrixError, Row, parse_trees, read_matrix, select_rows
 from megastow_conformance.scenarios import CORE, SCENARIOS, WORDS, reason_against, unknown_words
@@ -113,7 +114,9 @@ def test_the_core_reaches_every_kind_of_state_with_and_without_a_language_model(
 
 def test_every_word_is_needed_by_a_scenario_or_known_to_be_asked_for_by_checks():
     needed = frozenset().union(*(scenario.needs for scenario in SCENARIOS.values()))
-    assert needed == WORDS - {"restore", "sharded_checkpoint"}
+    asked_for = frozenset().union(*(mark.needs for mark in suite_marks().values()))
+    assert needed | asked_for == WORDS
+    assert not needed & asked_for
 
 
 def test_scenarios_differ_in_more_than_their_names():

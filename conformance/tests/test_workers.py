@@ -189,6 +189,50 @@ def test_a_parameter_shows_in_the_report(pair):
     assert "TypeError" in outcome.report()
 
 
+SUBJECT = "machinery_checks:subject"
+
+
+def test_a_check_is_given_the_subject_of_its_group_or_of_its_request(shared):
+    outcome = shared.run(checks.asks_the_subject, SCENARIO, subject=SUBJECT)
+    assert outcome.verdict == "passed", outcome.report()
+    assert outcome.ranks[0].log.splitlines()[-2:] == ["manager closed", "trainer closed"]
+    with make_group(1, subject=SUBJECT) as group:
+        outcome = group.run(checks.asks_the_subject, SCENARIO)
+        assert outcome.verdict == "passed", outcome.report()
+
+
+@pytest.mark.parametrize(
+    ("subject", "complaint"),
+    [
+        ("machinery_checks", "'machinery_checks' is not of the form module:name"),
+        ("no_such_module:subject", "No module named 'no_such_module'"),
+        ("machinery_checks:nothing", "has no attribute 'nothing'"),
+    ],
+)
+def test_a_subject_that_is_not_there_is_a_failure(shared, subject, complaint):
+    outcome = shared.run(checks.passes, SCENARIO, subject=subject)
+    assert outcome.verdict == "failed"
+    assert complaint in outcome.reason
+    assert outcome.report().startswith(f"machinery_checks.passes(toy_distopt) of {subject}: rank ")
+
+
+def test_a_lasting_group_survives_a_failure_and_no_crash():
+    with make_group(1, lasting=True) as group:
+        outcome = group.run(checks.builds_and_fails, SCENARIO)
+        assert (outcome.verdict, outcome.reason) == ("failed", "AssertionError: after building")
+        before = group.pids
+        outcome = group.run(checks.passes, SCENARIO)
+        assert (outcome.verdict, group.pids) == ("passed", before)
+        assert group.run(checks.segfaults, SCENARIO).verdict == "failed"
+        assert group.pids == []
+        assert group.run(checks.passes, SCENARIO).verdict == "passed"
+
+
+def test_only_a_group_of_one_rank_may_last():
+    with pytest.raises(ValueError, match="2 ranks"):
+        make_group(2, lasting=True)
+
+
 def test_a_group_that_cannot_start_is_a_failure():
     with make_group(2, harness="broken_harness") as group:
         outcome = group.run(checks.passes, SCENARIO)

@@ -24,6 +24,13 @@ _OVERFLOW_WEIGHT = 2.0**10
 """What the first step's loss is multiplied by under dynamic loss scaling: it overflows, and no other step does."""
 
 
+NO_REDUCTION_IN_FLIGHT = (
+    "up to megatron-core 0.8 a bucket keeps the handle of its reduction until the next zero_grad_buffer: nobody can "
+    "tell whether it was waited for"
+)
+"""Why there is no "reduction_in_flight" (see ``scenarios.WORDS``) in old generations."""
+
+
 class BaseTrainer:
     """A ``Trainer`` (see ``megastow_conformance.trainer``) but for what a generation must say itself.
 
@@ -116,6 +123,10 @@ class BaseTrainer:
         """What weights are saved in, so that none is saved that is still to be gathered."""
         self.gather_weights()
         yield
+
+    def hidden_bytes(self) -> int:
+        """See ``Trainer``."""
+        return 0
 
     def checkpoint(self) -> dict[str, Any]:
         """What Megatron's own ``state_dict`` methods give, and the shards that they leave out; see ``Trainer``."""
@@ -226,6 +237,15 @@ class BaseTrainer:
     def named_state(self) -> dict[str, torch.Tensor]:
         """The live state without gradients; see ``Trainer``."""
         return unique(self._walk_state())
+
+    def host_state(self) -> dict[str, torch.Tensor]:
+        """What torch keeps on the host beside a device; see ``Trainer``."""
+        beside_gpu = self._device.type != "cpu"
+        return {
+            name: tensor
+            for name, tensor in self.named_state().items()
+            if tensor.device.type == "cpu" and (beside_gpu or name.endswith(".step"))
+        }
 
     def named_grads(self) -> dict[str, torch.Tensor]:
         """The live gradients; see ``Trainer``."""

@@ -7,10 +7,12 @@ half-done move behind for the next one in the same process.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from megastow_conformance.messages import DEFAULT_SUBJECT
 from megastow_conformance.scenarios import reason_against
 
 if TYPE_CHECKING:
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 
 Check = Callable[..., None]
 """``check(case, **parameters)``, defined at the top level of a module that workers can import."""
+
+
+Subject = Callable[..., "MemoryManager"]
+"""What is under test: called as ``subject(model, optimizer, **options)``, it makes a manager of a trainer's memory.
+
+It has the signature of ``megastow.create_memory_manager``, which it is unless somebody says otherwise. Whatever it
+returns is used as a ``megastow.MemoryManager`` is; a check that asks for more than moves and residency says so.
+"""
 
 
 class CheckSkipped(Exception):  # noqa: N818 - it is not an error
@@ -42,7 +52,15 @@ class Case:
     """
 
     def __init__(
-        self, harness: Harness, scenario: Scenario, *, rank: int, world: int, row: Row, device: torch.device
+        self,
+        harness: Harness,
+        scenario: Scenario,
+        *,
+        rank: int,
+        world: int,
+        row: Row,
+        device: torch.device,
+        subject: str = DEFAULT_SUBJECT,
     ) -> None:
         self.scenario = scenario
         self.rank = rank
@@ -50,6 +68,7 @@ class Case:
         self.row = row
         self.device = device
         self._harness = harness
+        self._subject: Subject = resolve(subject)
         self._cleanup = ExitStack()
 
     def build(self) -> Trainer:
@@ -63,18 +82,21 @@ class Case:
         return trainer
 
     def manager(self, trainer: Trainer, **options: Any) -> MemoryManager:
-        """Creates the manager under test.
+        """Creates the manager under test for a trainer; see ``create``."""
+        return self.create(trainer.model, trainer.optimizer, **options)
+
+    def create(self, model: Any, optimizer: Any = None, **options: Any) -> MemoryManager:
+        """Creates the manager under test, for a trainer's parts or for something that it should refuse.
 
         Args:
-            trainer: Whose memory it manages.
-            **options: Passed on to ``megastow.create_memory_manager``.
+            model: The DDP chunks.
+            optimizer: The optimizer over them.
+            **options: Passed on to the subject.
 
         Returns:
             The manager. It is closed when the check is over, before the trainer is.
         """
-        from megastow import create_memory_manager
-
-        manager = create_memory_manager(cast("Any", trainer.model), trainer.optimizer, **options)
+        manager = self._subject(model, optimizer, **options)
         self._cleanup.callback(manager.close)
         return manager
 
@@ -100,3 +122,20 @@ class Case:
     def close(self) -> None:
         """Closes managers and trainers, the last one first."""
         self._cleanup.close()
+
+
+def resolve(path: str) -> Any:
+    """What ``module:name`` names; the name may have dots.
+
+    Raises:
+        ValueError: If it is not of that form.
+        ImportError: If there is no such module.
+        AttributeError: If the module has no such name.
+    """
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"{path!r} is not of the form module:name")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found

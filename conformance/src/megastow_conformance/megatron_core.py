@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from megastow_conformance.base_trainer import links
+from megastow_conformance.base_trainer import NO_REDUCTION_IN_FLIGHT, links
 from megastow_conformance.megatron_core_process import (
     core_module,
     device,
@@ -59,6 +59,8 @@ def lacks(version: str, device: str) -> dict[str, str]:
         "sgd_distopt": "Megatron's DistributedOptimizer accepts no SGD, because of its checkpoints",
         "restore+hybrid": "HybridDeviceOptimizer's own load hook ends in a KeyError (seen on 0.16.1, without megastow)",
     }
+    if release < Version("0.9"):
+        found["reduction_in_flight"] = NO_REDUCTION_IN_FLIGHT
     if release < Version("0.7"):
         found["fp32_model+plain_optimizer"] = "FP32Optimizer of 0.6 lacks a method of its base class and cannot be made"
     if release < Version("0.12"):

@@ -185,6 +185,14 @@ class MegatronCoreTrainer(BaseTrainer):
         """Megatron's global memory buffer; see ``Trainer``."""
         return list(core_module("parallel_state").get_global_memory_buffer().buffer.values())
 
+    def hidden_bytes(self) -> int:
+        """A routing map of 8 bytes a token, in the autograd graph that 0.9's token dispatcher holds; see ``Trainer``.
+
+        It is an activation, in no attribute, and dies with the next forward pass.
+        """
+        is_moe = self.scenario.model == "gpt" and self.scenario.experts
+        return 1024 if is_moe and load() < Version("0.10") else 0
+
     def _break_cycles(self, chunk: Any) -> None:
         """As in all generations, and more.
 

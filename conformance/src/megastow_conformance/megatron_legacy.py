@@ -24,7 +24,7 @@ import torch
 from packaging.version import Version
 
 from megastow_conformance import harness, legacy_package, shim
-from megastow_conformance.base_trainer import BaseTrainer, distributed_links
+from megastow_conformance.base_trainer import NO_REDUCTION_IN_FLIGHT, BaseTrainer, distributed_links
 from megastow_conformance.legacy_package import TIMERS, has
 from megastow_conformance.megatron_core_process import device
 from megastow_conformance.scenarios import Scenario
@@ -91,6 +91,7 @@ _OF_ALL = {
     "precision_aware": "the precision-aware optimizer came with megatron-core 0.11",
     "sgd_distopt": "Megatron's DistributedOptimizer accepts no SGD, because of its checkpoints",
     "sharded_checkpoint": "distributed checkpoints of the optimizer came with megatron-core 0.6",
+    "reduction_in_flight": NO_REDUCTION_IN_FLIGHT,
 }
 _V2_6 = {
     "distributed_optimizer": "DistributedOptimizer came after Megatron-LM v2.6, in March 2022",

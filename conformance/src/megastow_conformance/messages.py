@@ -16,6 +16,9 @@ Device = Literal["cpu", "cuda"]
 
 Verdict = Literal["passed", "skipped", "failed"]
 
+DEFAULT_SUBJECT = "megastow:create_memory_manager"
+"""What is under test where nothing else is said: megastow itself, with the adapter that it chooses."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -30,6 +33,7 @@ class Setup:
         store: A path that no file is at yet, through which the ranks find each other.
         stacks: The file that the worker writes its Python stacks to on SIGUSR1.
         sys_path: The test process's module search path; what the worker lacks of it is appended.
+        lasting: Whether the worker is to clean up after a check that failed, because it will be asked for more.
     """
 
     row: Row
@@ -40,6 +44,7 @@ class Setup:
     store: str
     stacks: str
     sys_path: tuple[str, ...]
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,19 @@ class Request:
         name: The check's qualified name in it.
         scenario: What to train.
         parameters: Keyword arguments for the check.
+        subject: What is under test, as ``module:name``; see ``case.Subject``.
     """
 
     module: str
     name: str
     scenario: Scenario
     parameters: dict[str, Any] = field(default_factory=dict)
+    subject: str = DEFAULT_SUBJECT
 
     def __str__(self) -> str:
         given = "".join(f", {name}={value!r}" for name, value in self.parameters.items())
-        return f"{self.module}.{self.name}({self.scenario.name}{given})"
+        of = "" if self.subject == DEFAULT_SUBJECT else f" of {self.subject}"
+        return f"{self.module}.{self.name}({self.scenario.name}{given}){of}"
 
 
 @dataclass(frozen=True)

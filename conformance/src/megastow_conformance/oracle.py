@@ -18,13 +18,27 @@ Snapshot = Mapping[str, torch.Tensor]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor, in order, as a new flat uint8 tensor on the CPU."""
+    """The elements of a tensor, in order, as a new flat uint8 tensor on the CPU.
+
+    A tensor whose memory was released fails here; torch would crash on it.
+    """
+    assert has_memory(tensor), f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype} has no memory"
     flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
     return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the storage reaches as far as the tensor does."""
+    if tensor.numel() == 0:
+        return True
+    end = tensor.storage_offset() * tensor.element_size() + _span_bytes(tensor)
+    return tensor.untyped_storage().nbytes() >= end
+
+
 def snapshot(tensors: Mapping[str, torch.Tensor]) -> Snapshot:
     """Clone the bytes of named tensors."""
+    empty = [name for name, tensor in tensors.items() if not has_memory(tensor)]
+    assert not empty, f"{len(empty)} of {len(tensors)} tensors have no memory: {empty[:8]}"
     return {name: as_bytes(tensor) for name, tensor in tensors.items()}
 
 
@@ -100,8 +114,16 @@ def storage_sizes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def live_bytes(device: torch.device) -> int:
-    """Bytes of all storages on a device that a tensor alive lies on."""
-    return sum(storage_sizes(tensor for tensor in live_tensors() if tensor.device == device).values())
+    """Bytes of all storages on a device that a tensor alive lies on; host memory does not count (`is_on_device`)."""
+    return sum(storage_sizes(tensor for tensor in live_tensors() if is_on_device(tensor, device)).values())
+
+
+def is_on_device(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether a tensor takes device memory.
+
+    Where the device is the CPU, a storage that cannot be resized is host memory: a manager's, or a file's.
+    """
+    return tensor.device == device and tensor.untyped_storage().resizable()
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,7 @@ class Shape:
 
     identity: int
     version: int
+    device: torch.device
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -121,7 +144,7 @@ def shape_of(tensor: torch.Tensor) -> Shape:
     """The tensor object's own properties."""
     hooks = len(tensor._backward_hooks or ()) if tensor.requires_grad else 0
     size, stride = tuple(tensor.size()), tuple(tensor.stride())
-    return Shape(id(tensor), tensor._version, tensor.dtype, size, stride, tensor.requires_grad, hooks)
+    return Shape(id(tensor), tensor._version, tensor.device, tensor.dtype, size, stride, tensor.requires_grad, hooks)
 
 
 def alias_map(tensors: list[torch.Tensor]) -> list[list[tuple[int, int]]]:

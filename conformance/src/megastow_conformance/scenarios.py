@@ -104,9 +104,9 @@ _NEEDS: Mapping[str, Callable[[Scenario], bool]] = MappingProxyType(
     }
 )
 
-WORDS = frozenset(_NEEDS) | {"restore", "sharded_checkpoint"}
+WORDS = frozenset(_NEEDS) | {"restore", "sharded_checkpoint", "reduction_in_flight"}
 """Everything that a Megatron may lack: what scenarios need, and what checks ask of a trainer besides: to load a plain
-checkpoint ("restore") and to save and load a distributed one."""
+checkpoint ("restore"), to save and load a distributed one, and to tell that a reduction of gradients is under way."""
 
 
 def reason_against(lacks: Mapping[str, str], needs: Set[str]) -> str | None:

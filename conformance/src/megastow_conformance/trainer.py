@@ -127,6 +127,14 @@ class Trainer(Protocol):
         """
         ...
 
+    def host_state(self) -> dict[str, torch.Tensor]:
+        """Those tensors of ``named_state`` that belong on the host, and that no move may touch.
+
+        Where the device is the CPU too, what would be on the host beside a GPU: the step counters of torch's
+        optimizers.
+        """
+        ...
+
     def named_grads(self) -> dict[str, torch.Tensor]:
         """The live gradient tensors: gradient buffers, ``main_grad`` and ``.grad``, under unique names."""
         ...
@@ -168,6 +176,10 @@ class Trainer(Protocol):
 
     def scratch(self) -> list[torch.Tensor]:
         """Memory of the process that Megatron keeps for reuse, beside any trainer: no state, and nobody's to move."""
+        ...
+
+    def hidden_bytes(self) -> int:
+        """Device memory that Megatron may keep where no attribute leads, such as in an autograd graph; no state."""
         ...
 
     def checkpoint(self) -> dict[str, Any]:

@@ -9,10 +9,10 @@ stdout and stderr go to a log that the test process shows when a check fails; th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
-import importlib
 import os
 import pickle
 import signal
@@ -20,10 +20,10 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from megastow_conformance import harness as harnesses
-from megastow_conformance.case import Case, Check, CheckSkipped
+from megastow_conformance.case import Case, Check, CheckSkipped, resolve
 from megastow_conformance.harness import Harness
 from megastow_conformance.messages import Reply, Request, Setup
 
@@ -109,31 +109,39 @@ def _set_up(setup: Setup) -> tuple[Harness, torch.device]:
 def _answer(message: bytes, setup: Setup, harness: Harness, device: torch.device) -> Reply:
     """Runs the check that a message asks for.
 
-    After a failure nothing is closed: closing could wait for a rank that will never come, and the process is killed
-    anyway.
+    After a failure nothing is closed, unless the group is to last: closing could wait for a rank that will never come,
+    and the process is killed anyway.
     """
+    case: Case | None = None
     try:
         request: Request = pickle.loads(message)
-        check = _find(request)
-        case = Case(harness, request.scenario, rank=setup.rank, world=setup.world, row=setup.row, device=device)
+        check: Check = resolve(f"{request.module}:{request.name}")
+        case = Case(
+            harness,
+            request.scenario,
+            rank=setup.rank,
+            world=setup.world,
+            row=setup.row,
+            device=device,
+            subject=request.subject,
+        )
         try:
             check(case, **request.parameters)
         except CheckSkipped as skipped:
             case.close()
             return Reply("skipped", str(skipped))
         case.close()
-        gc.collect()
+        reply = Reply("passed")
     except BaseException as error:
-        return _failure(error)
-    return Reply("passed")
-
-
-def _find(request: Request) -> Check:
-    """The check that a request names."""
-    found: object = importlib.import_module(request.module)
-    for part in request.name.split("."):
-        found = getattr(found, part)
-    return cast("Check", found)
+        reply = _failure(error)
+        if not setup.lasting:
+            return reply
+        traceback.clear_frames(error.__traceback__)
+        with contextlib.suppress(Exception):
+            if case is not None:
+                case.close()
+    gc.collect()
+    return reply
 
 
 def _failure(error: BaseException) -> Reply:

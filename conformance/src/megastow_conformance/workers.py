@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from megastow_conformance.case import Check
-from megastow_conformance.messages import Device, Reply, Request, Setup, Verdict
+from megastow_conformance.messages import DEFAULT_SUBJECT, Device, Reply, Request, Setup, Verdict
 from megastow_conformance.rows import Row
 from megastow_conformance.scenarios import Scenario
 
@@ -97,13 +97,17 @@ class Outcome:
             return "passed"
         return "skipped" if ends == {"skipped"} else "failed"
 
+    @property
+    def reason(self) -> str:
+        """The outcome in one line: the last that the most telling rank says; empty if there is nothing to say."""
+        return "".join(self.ranks[0].detail.rstrip().splitlines()[-1:])
+
     def report(self) -> str:
         """The whole outcome, for people."""
         if self.verdict == "skipped":
             return self.ranks[0].detail
         first = self.ranks[0]
-        last_line = "".join(first.detail.rstrip().splitlines()[-1:])
-        headline = f"{self.what}: rank {first.rank} {first.end}{last_line and ': '}{last_line}"
+        headline = f"{self.what}: rank {first.rank} {first.end}{self.reason and ': '}{self.reason}"
         return "\n\n".join([headline, *(rank.report() for rank in self.ranks)])
 
 
@@ -115,6 +119,9 @@ class WorkerGroup:
         world: The number of ranks.
         device: The device type to run on.
         harness: The module that initialises Megatron and builds trainers (see ``case.Harness``).
+        subject: What is under test, as ``module:name`` (see ``case.Subject``).
+        lasting: Keep the workers after a check that failed cleanly, for those who expect failures by the dozen: what
+            follows may find what the failure has left behind. Only for one rank, since others might still wait for it.
         start_seconds: The time limit for the start.
         grace_seconds: How long the other ranks may still take when one has failed.
     """
@@ -126,12 +133,18 @@ class WorkerGroup:
         *,
         device: Device = "cpu",
         harness: str = "megastow_conformance.megatron_core",
+        subject: str = DEFAULT_SUBJECT,
+        lasting: bool = False,
         start_seconds: float = START_SECONDS,
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
+        if lasting and world != 1:
+            raise ValueError(f"a group of {world} ranks cannot last beyond a failure; expected one rank")
         self.row = row
         self.world = world
         self.device = device
+        self.subject = subject
+        self._lasting = lasting
         self._harness = harness
         self._start_seconds = start_seconds
         self._grace_seconds = grace_seconds
@@ -158,6 +171,7 @@ class WorkerGroup:
         *,
         seconds: float = CHECK_SECONDS,
         parameters: dict[str, Any] | None = None,
+        subject: str | None = None,
     ) -> Outcome:
         """Runs a check on every rank.
 
@@ -166,11 +180,13 @@ class WorkerGroup:
             scenario: What it trains.
             seconds: The time limit.
             parameters: Keyword arguments for the check; they are pickled.
+            subject: What is under test, if not what the group was made for.
 
         Returns:
-            What became of it. After anything but passed or skipped the group has been killed.
+            What became of it. After anything but passed or skipped the group has been killed, unless it is lasting and
+            the check merely failed.
         """
-        request = Request(check.__module__, check.__qualname__, scenario, parameters or {})
+        request = Request(check.__module__, check.__qualname__, scenario, parameters or {}, subject or self.subject)
         begin = time.monotonic()
         try:
             if any(not worker.alive() for worker in self._workers):
@@ -187,7 +203,7 @@ class WorkerGroup:
         except BaseException:
             self.close()  # interrupted: nobody knows what the workers are doing
             raise
-        if outcome.verdict == "failed":
+        if outcome.verdict == "failed" and not (self._lasting and outcome.ranks[0].end == "failed"):
             self.close()
         return outcome
 
@@ -216,6 +232,7 @@ class WorkerGroup:
                     store=str(self._folder / "store"),
                     stacks=str(worker.stacks),
                     sys_path=tuple(str(Path(entry).absolute()) for entry in sys.path),
+                    lasting=self._lasting,
                 )
             )
         ranks = self._collect(self._start_seconds)

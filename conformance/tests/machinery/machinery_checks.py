@@ -105,3 +105,28 @@ def checks_environment(case):
     assert os.environ["RANK"] == str(case.rank)
     assert case.device == torch.device("cpu")
     assert machinery_checks.__name__ == __name__
+
+
+class Recorded:
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options = arguments, options
+
+    def close(self):
+        print("manager closed", flush=True)
+
+
+def subject(model, optimizer=None, **options):
+    return Recorded(model, optimizer, **options)
+
+
+def asks_the_subject(case):
+    trainer = case.build()
+    manager = case.manager(trainer, bucket_bytes=7)
+    assert type(manager) is Recorded
+    assert manager.arguments == (trainer.model, trainer.optimizer)
+    assert manager.options == {"bucket_bytes": 7}
+
+
+def builds_and_fails(case):
+    case.build()
+    raise AssertionError("after building")

@@ -75,6 +75,14 @@ def cycle(case: Case, manager: MemoryManager, trainer: Trainer, *kinds: str, kee
         pass
 
 
+def need_megastow(case: Case, manager: object, why: str) -> None:
+    """Skip what asks for more than moves and residency where the subject is something of another make."""
+    from megastow import MemoryManager
+
+    if not isinstance(manager, MemoryManager):
+        case.skip(why)
+
+
 def shuffled(case: Case) -> random.Random:
     """Random choices that are the same on every rank and in every run."""
     return random.Random(f"{case.scenario.name}/{case.world}")

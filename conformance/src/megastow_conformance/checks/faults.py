@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from megastow import OffloadedError, Residency, faults
 from megastow_conformance import oracle
 from megastow_conformance.case import Case
-from megastow_conformance.checks.common import KINDS, assert_continues, cycle, everything, trained
+from megastow_conformance.checks.common import KINDS, cycle, everything, need_megastow, trained
+from megastow_conformance.checks.watches import FailingOperation
 from megastow_conformance.trainer import Point, Trainer
+
+if TYPE_CHECKING:
+    from megastow import MemoryManager
+
+_SMALL: dict[str, Any] = {"bucket_bytes": 4096, "chunk_bytes": 2048}
 
 
 def failure(case: Case) -> None:
     """A fault at each step of each move: nothing is lost, residency tells the truth, the same call then succeeds."""
     trainer = trained(case)
-    before = oracle.snapshot(everything(trainer, grads=True))
+    before = _after_an_ordinary_cycle(case, trainer, keep_grads=True)
     for name in faults.POINTS:
         for error in (RuntimeError, KeyboardInterrupt):
             for after in (0, 2):
@@ -23,12 +30,58 @@ def failure(case: Case) -> None:
                 oracle.assert_same(
                     before, oracle.snapshot(everything(trainer, grads=True)), f"{error.__name__} at {name}, {after}"
                 )
-    assert_continues(case, trainer)
+
+
+def _after_an_ordinary_cycle(case: Case, trainer: Trainer, *, keep_grads: bool) -> oracle.Snapshot:
+    """All bytes after a move that nothing has disturbed: what that does to them is for other invariants to judge."""
+    manager = case.manager(trainer, **_SMALL)
+    cycle(case, manager, trainer, keep_grads=keep_grads)
+    manager.close()
+    return oracle.snapshot(everything(trainer, grads=True))
+
+
+def failure_of_any_operation(case: Case) -> None:
+    """The same for a fault inside torch, in whichever operation of a move; knows nothing of how the move is made."""
+    trainer = trained(case)
+    before = _after_an_ordinary_cycle(case, trainer, keep_grads=False)
+    manager = case.manager(trainer, **_SMALL)
+    struck = {"offload": 0, "onload": 0}
+    number = 0
+    while number < _MOST_OPERATIONS:
+        for call, resting in ((_offload, Residency.RESIDENT), (_onload, Residency.OFFLOADED)):
+            what = f"{call.__name__[1:]} with a fault in operation {number} of torch"
+            fault = FailingOperation(number)
+            try:
+                with fault:
+                    call(manager)
+            except Exception as raised:
+                assert fault.struck, f"{what}: {raised!r} without a fault"
+                where = {kind: manager.residency(kind) for kind in KINDS}
+                assert set(where.values()) == {resting}, f"{what}: {where}"
+                struck[call.__name__[1:]] += 1
+                call(manager)
+            else:
+                assert not fault.struck, f"{what} told nobody of it"
+        oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=True)), f"operation {number}")
+        number += 1 + number // 4
+    assert all(struck.values()), f"faults that struck: {struck}"
+
+
+_MOST_OPERATIONS = 400
+
+
+def _offload(manager: MemoryManager) -> None:
+    manager.offload()
+
+
+def _onload(manager: MemoryManager) -> None:
+    manager.onload()
 
 
 def _strike(case: Case, trainer: Trainer, name: str, error: type[BaseException], after: int) -> None:
     """Make a new manager fail at one point, in whichever move passes it, and repeat the call."""
-    manager = case.manager(trainer, bucket_bytes=4096, chunk_bytes=2048)
+    manager = case.manager(trainer, **_SMALL)
+    need_megastow(case, manager, "only megastow's own moves have named steps")
     onloading = name.startswith("onload")
     if onloading:
         manager.offload(keep_grads=True)
@@ -61,6 +114,8 @@ def guard(case: Case) -> None:
     manager = case.manager(trainer)
     owners = trainer.parts()
     attributes = [dict(vars(owner)) for owner in owners]
+    cycle(case, manager, trainer)
+    state = oracle.snapshot(trainer.named_state())
     for kind in KINDS:
         manager.offload(kind)
         for what, call in trainer.uses(kind):
@@ -68,13 +123,16 @@ def guard(case: Case) -> None:
                 call()
             except OffloadedError as error:
                 assert kind in str(error) and "onload" in str(error), f"{what}: {error}"
+            except Exception as error:
+                raise AssertionError(f"{what} was not refused while {kind} was away: {error!r}") from error
             else:
                 raise AssertionError(f"{what} went through while {kind} was away")
         manager.onload(kind)
         for owner, before in zip(owners, attributes, strict=True):
-            assert vars(owner).keys() == before.keys(), f"the guard left something on {type(owner).__name__}"
-            assert all(vars(owner)[name] is value for name, value in before.items())
-    assert_continues(case, trainer)
+            differing = vars(owner).keys() ^ before.keys()
+            differing |= {name for name in vars(owner).keys() & before.keys() if vars(owner)[name] is not before[name]}
+            assert not differing, f"the guard left something on {type(owner).__name__}: {sorted(differing)}"
+    oracle.assert_same(state, oracle.snapshot(trainer.named_state()), "after calls that were refused")
 
 
 def guard_backward(case: Case) -> None:
@@ -108,10 +166,14 @@ def interrupted_block(case: Case) -> None:
     """An exception inside `with offloaded()` comes out as it is, with everything back on the device."""
     trainer = trained(case)
     manager = case.manager(trainer)
+    cycle(case, manager, trainer)
+    before = oracle.snapshot(everything(trainer, grads=True))
     try:
         with manager.offloaded():
             raise LookupError("the rollout failed")
     except LookupError as error:
         assert str(error) == "the rollout failed"
+    else:
+        raise AssertionError("the exception was swallowed")
     assert {manager.residency(kind) for kind in KINDS} == {Residency.RESIDENT}
-    assert_continues(case, trainer)
+    oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=True)), "after an exception in the block")

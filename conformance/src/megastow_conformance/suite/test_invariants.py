@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from megastow_conformance.checks import faults, interface, moves, training
+from megastow_conformance.checks import checkpoints, faults, gradients, interface, moves, selection, stateful, training
 from megastow_conformance.plugin import Conformance
 
 
 def test_bitexact(conformance: Conformance) -> None:
     conformance.run(moves.bitexact)
+
+
+def test_bitexact_with_grads(conformance: Conformance) -> None:
+    conformance.run(moves.bitexact_with_grads)
 
 
 def test_identity(conformance: Conformance) -> None:
@@ -32,6 +36,15 @@ def test_training_with_subsets(conformance: Conformance) -> None:
     conformance.run(training.training_with_subsets)
 
 
+def test_training_through_faults(conformance: Conformance) -> None:
+    conformance.run(training.training_through_faults)
+
+
+@pytest.mark.megastow(needs={"restore"})
+def test_training_resumed(conformance: Conformance) -> None:
+    conformance.run(training.training_resumed)
+
+
 def test_training_forward_without_optimizer(conformance: Conformance) -> None:
     conformance.run(training.forward_without_optimizer)
 
@@ -49,7 +62,12 @@ def test_host(conformance: Conformance) -> None:
 
 
 def test_grads(conformance: Conformance) -> None:
-    conformance.run(training.grads)
+    conformance.run(gradients.grads)
+
+
+@pytest.mark.megastow(scenarios=lambda scenario: scenario.overlap, needs={"reduction_in_flight"})
+def test_grads_in_flight(conformance: Conformance) -> None:
+    conformance.run(gradients.grads_in_flight)
 
 
 def test_order(conformance: Conformance) -> None:
@@ -60,8 +78,16 @@ def test_order_of_neighbours(conformance: Conformance) -> None:
     conformance.run(moves.neighbours)
 
 
+def test_order_random_sequences(conformance: Conformance) -> None:
+    conformance.run(stateful.random_sequences)
+
+
 def test_failure(conformance: Conformance) -> None:
     conformance.run(faults.failure)
+
+
+def test_failure_of_any_operation(conformance: Conformance) -> None:
+    conformance.run(faults.failure_of_any_operation)
 
 
 def test_failure_inside_the_block(conformance: Conformance) -> None:
@@ -78,25 +104,37 @@ def test_guard_of_backward(conformance: Conformance) -> None:
 
 @pytest.mark.megastow(needs={"restore"})
 def test_checkpoint(conformance: Conformance) -> None:
-    conformance.run(training.checkpoint)
+    conformance.run(checkpoints.checkpoint)
 
 
 @pytest.mark.megastow(needs={"restore"})
 def test_checkpoint_load_state_dict(conformance: Conformance) -> None:
-    conformance.run(training.load_state_dict)
+    conformance.run(checkpoints.load_state_dict)
 
 
 @pytest.mark.megastow(scenarios=lambda scenario: scenario.model == "gpt", needs={"sharded_checkpoint"})
 def test_checkpoint_sharded(conformance: Conformance) -> None:
-    conformance.run(training.checkpoint_sharded)
+    conformance.run(checkpoints.checkpoint_sharded)
 
 
 def test_select(conformance: Conformance) -> None:
-    conformance.run(moves.select)
+    conformance.run(selection.select)
+
+
+def test_select_adapter(conformance: Conformance) -> None:
+    conformance.run(selection.select_adapter)
+
+
+def test_select_unknown(conformance: Conformance) -> None:
+    conformance.run(selection.select_unknown)
 
 
 def test_select_refuses_layouts(conformance: Conformance) -> None:
-    conformance.run(interface.refused)
+    conformance.run(selection.refused)
+
+
+def test_select_by_classic_arguments(conformance: Conformance) -> None:
+    conformance.run(interface.classic_factory)
 
 
 def test_order_by_classic_names(conformance: Conformance) -> None:

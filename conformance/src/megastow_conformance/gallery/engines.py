@@ -1,0 +1,161 @@
+"""Engines, copies, host memory and guards with a mistake in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from megastow.engine import Engine, Parked, _KindClock
+from megastow.flat import FlatTensors
+from megastow.guard import Guard, GuardedCall
+from megastow.host import HostArena, HostRegion
+from megastow.state import ALL_KINDS, Inventory, StateKind
+from megastow.storages import StorageRecord, byte_view
+from megastow.transport import HostSlice, Transport
+from megastow_conformance.gallery.exhibit import breaks
+
+_LOST_BYTES = "lost bytes are lost for whoever trains on them or saves them"
+
+
+@breaks("bitexact", "training", "checkpoint", because=_LOST_BYTES)
+class CopiesAfterRelease(Transport):
+    """Releases the memory first and copies what is there afterwards.
+
+    Stands for a copy that is queued, and a release that does not wait for it: somebody else has written meanwhile.
+    """
+
+    def copy_out(self, storage: torch.UntypedStorage, host: HostSlice) -> None:
+        nbytes = storage.nbytes()
+        storage.resize_(0)
+        storage.resize_(nbytes)
+        byte_view(storage).fill_(0x55)
+        super().copy_out(storage, host)
+
+
+@breaks("bitexact")
+class ForgetsTheLastChunk(Transport):
+    """Copies one chunk too few, where there are several.
+
+    Stands for an off-by-one that no test with small tensors sees.
+    """
+
+    def copy_out(self, storage: torch.UntypedStorage, host: HostSlice) -> None:
+        *chunks, last = self._chunks(host)
+        _, end = chunks[-1] if chunks else last
+        super().copy_out(storage, dataclasses.replace(host, nbytes=end))
+
+
+@breaks("failure", "training", because="after a fault there is nothing left to train on")
+class ReleasesAsItCopies(Transport):
+    """Gives each storage up as soon as its copy is made, before the others are: the move has no way back.
+
+    Stands for vLLM's `cumem` allocator, which frees block by block.
+    """
+
+    def copy_out(self, storage: torch.UntypedStorage, host: HostSlice) -> None:
+        super().copy_out(storage, host)
+        storage.resize_(0)
+
+
+@breaks("peak")
+class StagesOnTheDevice(Transport):
+    """Brings each storage back by way of a second one on the device.
+
+    Stands for `param.data = cpu_param.to(device)` beside the memory that is there already.
+    """
+
+    def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
+        staged = torch.empty(host.nbytes, dtype=torch.uint8, device=storage.device)
+        super().copy_in(host, staged.untyped_storage())
+        byte_view(storage).copy_(staged)
+
+
+@breaks("peak")
+class PacksInASecondBucket(FlatTensors):
+    """Gathers what it packs in one more bucket first.
+
+    Stands for `torch.cat` of the tensors followed by a copy: twice the memory that was promised, when it is scarcest.
+    """
+
+    def _pack_group(self, group: Sequence[StorageRecord]) -> None:
+        gathered = torch.cat([byte_view(record.storage) for record in group])
+        super()._pack_group(group)
+        del gathered
+
+
+@breaks(
+    "checkpoint",
+    "training",
+    because="what cannot be saved cannot be resumed from either",
+)
+class PacksDifferentDtypesTogether(FlatTensors):
+    """Fills a bucket with tensors of any dtype, as long as there is room: `torch.save` then refuses them.
+
+    Stands for a first version of megastow's own packing.
+    """
+
+    def _fill(self, candidates: Sequence[StorageRecord]) -> Iterator[list[StorageRecord]]:
+        for kind in ALL_KINDS:
+            group = [record for record in candidates if record.kind is kind]
+            fits = sum(record.nbytes for record in group) <= self._bucket_bytes // 2
+            yield from [group] if group and fits else super()._fill(group)
+
+
+@breaks("host")
+class LeaksAHostBuffer(HostArena):
+    """Takes new host memory for each offload, and keeps the old.
+
+    Stands for a cache whose keys are never found again.
+    """
+
+    def reserve(self, key: Hashable, nbytes: int) -> HostRegion:
+        region = self._regions.pop(key, None)
+        if region is not None:
+            self._regions[object()] = region
+        return super().reserve(key, nbytes)
+
+
+@breaks("order")
+class PreparesOverWhatIsAway(Engine):
+    """Makes host memory ready for all kinds, those included whose only copy lies there.
+
+    Stands for a preparation in the background that was written for the first cycle.
+    """
+
+    def needed(self, inventory: Inventory, kinds: Iterable[StateKind]) -> dict[tuple[StateKind, bool], int]:
+        away = {(kind, False): 8 for kind in kinds if kind in self._parked}
+        return {**super().needed(inventory, list(kinds)), **away}
+
+
+@breaks("guard")
+class LeavesTheGuardBehind(Guard):
+    """Puts the methods back as attributes of the instance instead of taking its own away.
+
+    Stands for `owner.step = original_step`: every patch of the class comes to nothing from then on, and the object
+    refers to itself.
+    """
+
+    def _block(self, call: GuardedCall, missing: frozenset[StateKind]) -> None:
+        super()._block(call, missing)
+        vars(self).setdefault("owners", []).append((call.owner, call.method))
+
+    def _unblock(self) -> None:
+        super()._unblock()
+        for owner, method in vars(self).pop("owners", []):
+            if method == "forward":
+                vars(owner)[method] = getattr(owner, method)
+
+
+@breaks("bitexact", "training", "checkpoint", world=2, because=_LOST_BYTES)
+class CopiesOnRankZeroOnly(Engine):
+    """Takes the optimizer's state to be the same on every rank, and brings it back on the first.
+
+    Stands for de-duplicating data-parallel state under a distributed optimizer, where each rank has another shard.
+    """
+
+    def _refill(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
+        for parked in plans.get(StateKind.OPTIMIZER_STATES, ()) if torch.distributed.get_rank() else ():
+            parked.host = None
+        super()._refill(plans, clock)
