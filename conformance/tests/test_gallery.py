@@ -1,5 +1,7 @@
 """The gallery of broken managers: what each breaks objects to it and nothing else does; the right one is left alone."""
 
+from dataclasses import replace
+
 import pytest
 import real_megatron
 
@@ -16,7 +18,7 @@ ROW = "mcore-0.16"
 @pytest.fixture(scope="module")
 def groups():
     """A worker group for one rank, which stays when a check fails, and one for two."""
-    row = real_megatron.row(ROW)
+    row = replace(real_megatron.row(ROW), scope="full")  # for as many random walks as there are
     with (
         WorkerGroup(row, 1, harness=row.harness, lasting=True) as alone,
         WorkerGroup(row, 2, harness=row.harness) as pair,

@@ -33,14 +33,14 @@ def run(pytester, monkeypatch):
 def test_one_function_is_enough_to_run_invariants_on_one_and_two_ranks(run, pytester):
     tests = "(test_bitexact or test_identity or test_released or test_grads) and toy_plainopt"
     result = run("--megastow-harness", "tiny_harness:build", "--megastow-report", "report.json", tests=tests)
-    result.assert_outcomes(passed=8, deselected=result.parseoutcomes()["deselected"])
+    result.assert_outcomes(passed=10, deselected=result.parseoutcomes()["deselected"])
     result.stdout.fnmatch_lines(["megastow: tiny (full), on cpu", "*test_bitexact?tiny-w2-toy_plainopt? PASSED*"])
     report = (pytester.path / "report.json").read_text()
     assert str(pytester.path) not in report
     (run_,) = json.loads(report)["runs"]
     assert (run_["row"], run_["adapter"], run_["evidence"]) == ("tiny", "tiny", "real")
     assert run_["versions"]["adapter"] == "1.5"
-    assert run_["tests"] == {"passed": 8, "skipped": 0, "failed": 0}
+    assert run_["tests"] == {"passed": 10, "skipped": 0, "failed": 0}
     assert run_["verdicts"] == [
         {
             "invariants": ["bitexact", "identity", "released", "grads"],

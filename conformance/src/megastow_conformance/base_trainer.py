@@ -42,6 +42,8 @@ class BaseTrainer:
         device: Where all of it lives.
     """
 
+    hook_folders: frozenset[str] = frozenset()
+
     def __init__(
         self, scenario: Scenario, seed: int, model: list[torch.nn.Module], optimizer: Any, device: torch.device
     ) -> None:

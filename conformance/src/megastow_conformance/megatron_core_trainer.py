@@ -30,6 +30,8 @@ _BATCH = 2
 class MegatronCoreTrainer(BaseTrainer):
     """A ``Trainer`` (see ``megastow_conformance.trainer``) over real megatron-core."""
 
+    hook_folders = frozenset({"megatron"})
+
     def _seed_everything(self, seed: int) -> None:
         seed_everything(seed)
 

@@ -234,6 +234,8 @@ class LegacyTrainer(BaseTrainer):
         args: The command line.
     """
 
+    hook_folders = frozenset({"megatron", "doubles"})
+
     def __init__(self, scenario: Scenario, seed: int, model: list[Any], optimizer: Any, args: Any) -> None:
         super().__init__(scenario, seed, model, optimizer, device())
         self._args = args

@@ -91,11 +91,14 @@ class Trainer(Protocol):
         scenario: What was asked for.
         model: The DDP chunks; more than one under a virtual pipeline.
         optimizer: The Megatron optimizer over all chunks.
+        hook_folders: Names of folders with functions that the wrappers hang on nodes of the autograd graph, where
+            nobody sees them but when they run; empty where there are none.
     """
 
     scenario: Scenario
     model: list[torch.nn.Module]
     optimizer: Any
+    hook_folders: frozenset[str]
 
     def train_step(self, index: int, at: Callable[[Point], None] | None = None) -> StepRecord:
         """Runs one whole training step.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
@@ -152,8 +153,17 @@ def _version(file: Path) -> Version | None:
         return None
 
 
-def _names(file: Path) -> set[str]:
-    """The names that a file defines or imports at its top level."""
+def _names(file: Path) -> frozenset[str]:
+    """The names that a file defines or imports at its top level; parsed again only if the file has changed."""
+    try:
+        status = file.stat()
+    except OSError:
+        return frozenset()
+    return _names_as_of(file, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_as_of(file: Path, _mtime_ns: int, _size: int) -> frozenset[str]:
     names: set[str] = set()
     for node in _top_level(file):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -162,7 +172,7 @@ def _names(file: Path) -> set[str]:
             names.update(target.id for target in node.targets if isinstance(target, ast.Name))
         elif isinstance(node, ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 def _top_level(file: Path) -> list[ast.stmt]:

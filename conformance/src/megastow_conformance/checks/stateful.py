@@ -1,8 +1,8 @@
 """A random walk: any sequence of moves, steps, faults, loads and managers equals a twin that knows nothing of moves.
 
 [Note: several ranks]
-Every rank walks by itself, and all must walk the same way: the choices come from a seed that is made of the scenario's
-name, and no choice depends on what a rank holds. Before each action the ranks compare what they are about to do, so
+Every rank walks by itself, and all must walk the same way: the choices come from a seed that is made of the names of row
+and scenario, and no choice depends on what a rank holds. Before each action the ranks compare what they are about to do, so
 that a difference is a failure with both sides named, not a deadlock. With one rank a failure is shrunk and shown as the
 shortest sequence that was found. With several it cannot be: the ranks would have to fail alike. There the first
 failure ends the walk, with the sequence that led to it.
@@ -35,7 +35,8 @@ from megastow_conformance.checks.checkpoints import leaves
 from megastow_conformance.checks.common import KINDS, everything, need_megastow
 from megastow_conformance.trainer import Point, Trainer
 
-EXAMPLES = 12
+EXAMPLES = {"core": 3, "full": 12}
+"""Walks by the scope of the row: many rows are run after every change, so each takes other paths and few of them."""
 STEPS = 20
 MOST_SHRINKS = 60
 
@@ -44,15 +45,15 @@ _GRADS_ARE_DEAD = (Point.AFTER_STEP, Point.AFTER_ZERO_GRAD)
 _subsets = st.lists(st.sampled_from(KINDS), min_size=1, unique=True)
 
 
-def random_sequences(case: Case, examples: int = EXAMPLES, steps: int = STEPS) -> None:
+def random_sequences(case: Case, examples: int | None = None, steps: int = STEPS) -> None:
     """Random sequences of all that a job may do with a trainer and its manager; see the module's docstring."""
     trainer = case.build()
     need_megastow(case, case.manager(trainer), "the walk also prepares, and makes named steps fail")
     trainer.close()
     machine: type[_Walk] = type("Walk", (_Walk,), {"case": case, "failures": []})
-    name = f"{case.scenario.name}/{case.world}"
+    name = f"{case.row.id}/{case.scenario.name}/{case.world}"
     walk = settings(
-        max_examples=examples,
+        max_examples=examples or EXAMPLES[case.row.scope],
         stateful_step_count=steps,
         derandomize=True,
         database=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -104,7 +104,7 @@ def count_accumulations(case: Case, trainer: Trainer) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def calls_by_autograd(*packages: str) -> Iterator[Counter[str]]:
+def calls_by_autograd(folders: Collection[str]) -> Iterator[Counter[str]]:
     """Count the calls that autograd makes to Python functions in folders of these names: hooks, and backward functions.
 
     Hooks that Megatron has set on nodes of the autograd graph show nowhere but when they run. On a GPU, backward passes
@@ -114,7 +114,7 @@ def calls_by_autograd(*packages: str) -> Iterator[Counter[str]]:
         Function to number of calls.
     """
     counts: Counter[str] = Counter()
-    wanted = set(packages)
+    wanted = set(folders)
 
     def note(frame: FrameType, event: str, _argument: object) -> None:
         code, caller = frame.f_code, frame.f_back
