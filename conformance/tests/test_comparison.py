@@ -1,11 +1,13 @@
 """What others do: the classic technique breaks training where Megatron began to cache views, and the table says so."""
 
+import json
+
 import pytest
 import real_megatron
 
 from megastow_conformance.comparison import table
 from megastow_conformance.comparison.classic import classic_technique
-from megastow_conformance.judging import judge
+from megastow_conformance.judging import INVARIANTS, judge
 from megastow_conformance.marks import suite_marks
 from megastow_conformance.scenarios import SCENARIOS
 from megastow_conformance.workers import WorkerGroup
@@ -28,6 +30,19 @@ def test_the_classic_technique_breaks_training_from_0_14_on(row_id, trains):
         assert {f.verdict for f in asked.values()} == {"holds"}
     else:
         assert "undisturbed it was" in asked["test_training"].reason
+
+
+def test_what_is_committed_is_a_table_of_what_was_found():
+    root = real_megatron.MATRIX.parent
+    found = json.loads((root / "benchmarks/results/comparison.json").read_text(encoding="utf-8"))
+    assert (root / "docs/comparison.md").read_text(encoding="utf-8") == table.markdown(found)
+    by_subject = {}
+    for entry in found:
+        assert tuple(entry["invariants"]) == INVARIANTS
+        by_subject.setdefault(entry["subject"], []).append(entry)
+    assert by_subject.keys() == {contender.name for contender in table.CONTENDERS}
+    for entry in by_subject["megastow"]:
+        assert {judged["verdict"] for judged in entry["invariants"].values()} == {"holds"}
 
 
 def test_a_reason_names_no_path_of_a_machine():

@@ -1,33 +1,46 @@
 """The suite in the hands of somebody with an adapter and a Megatron of their own: no matrix, one function to write."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent / "third_party"
+TEMPLATE = Path(__file__).parents[2] / "adapters" / "_template"
 
 
 @pytest.fixture
-def run(pytester, monkeypatch):
-    """Runs the suite in a folder with the files of the third party, whose distribution is installed there."""
+def suite(pytester, monkeypatch):
+    """Runs the suite on an adapter in a folder with nobody's matrix."""
     for name in ("MEGASTOW_MEGATRON", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, pytester.path)
-    info = pytester.path / "tiny-1.5.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1.5\n")
-    (info / "entry_points.txt").write_text("[megastow.adapters]\ntiny = tiny:ADAPTER\n")
 
-    def run(*arguments, tests):
+    def run(adapter, *arguments):
         return pytester.runpytest_subprocess(
-            *("--pyargs", "megastow_conformance", "-p", "no:cacheprovider", "-v", "-k", tests),
-            *("--megastow-adapter", "tiny", "--megastow-device", "cpu", *arguments),
+            *("--pyargs", "megastow_conformance", "-p", "no:cacheprovider", "-v"),
+            *("--megastow-adapter", adapter, "--megastow-device", "cpu", *arguments),
         )
 
     return run
+
+
+@pytest.fixture
+def run(suite, pytester):
+    """Runs the suite in a folder with the files of the third party, whose distribution is installed there."""
+    for file in HERE.glob("*.py"):
+        shutil.copy(file, pytester.path)
+    pretend_installed(pytester.path, "tiny", "1.5", "tiny = tiny:ADAPTER")
+    return lambda *arguments, tests: suite("tiny", "-k", tests, *arguments)
+
+
+def pretend_installed(folder, name, version, entry_point):
+    """Put beside a package what pip would write about its distribution."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[megastow.adapters]\n{entry_point}\n")
 
 
 def test_one_function_is_enough_to_run_invariants_on_one_and_two_ranks(run, pytester):
@@ -75,3 +88,16 @@ def test_the_default_harness_says_that_it_does_not_know_an_unknown_megatron(run)
     result = run(tests="test_grads")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: megastow: row 'tiny': *megatron_core knows no Megatron 'unknown': *"])
+
+
+def test_the_template_is_green_as_it_stands(suite, pytester, monkeypatch):
+    shutil.copytree(TEMPLATE, pytester.path, dirs_exist_ok=True)
+    sources = pytester.path / "src"
+    declared = re.search(r'^acme = "(.+)"$', (TEMPLATE / "pyproject.toml").read_text(), re.MULTILINE)
+    pretend_installed(sources, "megastow_acme", "0.1.0", f"acme = {declared[1]}")
+    monkeypatch.setenv("PYTHONPATH", str(sources))
+    result = suite("acme", "--megastow-harness", "acme_harness", "--megatron-path", "fork", "--megastow-scope", "core")
+    outcomes = result.parseoutcomes()
+    assert result.ret == pytest.ExitCode.OK, outcomes
+    assert outcomes["passed"] > 20
+    result.stdout.fnmatch_lines(["acme: this fork has one optimizer*", "acme: the template trains the suite's toy*"])

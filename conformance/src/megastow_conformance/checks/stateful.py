@@ -1,11 +1,11 @@
 """A random walk: any sequence of moves, steps, faults, loads and managers equals a twin that knows nothing of moves.
 
 [Note: several ranks]
-Every rank walks by itself, and all must walk the same way: the choices come from a seed that is made of the names of row
-and scenario, and no choice depends on what a rank holds. Before each action the ranks compare what they are about to do, so
-that a difference is a failure with both sides named, not a deadlock. With one rank a failure is shrunk and shown as the
-shortest sequence that was found. With several it cannot be: the ranks would have to fail alike. There the first
-failure ends the walk, with the sequence that led to it.
+Every rank walks by itself, and all must walk the same way: the choices come from a seed that is made of the names of
+row and scenario, and no choice depends on what a rank holds. Before each action the ranks compare what they are about
+to do, so that a difference is a failure with both sides named, not a deadlock. With one rank a failure is shrunk and
+shown as the shortest sequence that was found. With several it cannot be: the ranks would have to fail alike. There the
+first failure ends the walk, with the sequence that led to it.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         "",
         "```",
         f"python -m {_PACKAGE} mcore-0.13=FOLDER mcore-0.14=FOLDER mcore-0.16=FOLDER \\",
-        "    --json benchmarks/results/conformance/comparison.json --markdown docs/comparison.md",
+        "    --json benchmarks/results/comparison.json --markdown docs/comparison.md",
         "```",
         "",
         _NOTES,
