@@ -9,7 +9,7 @@ import torch
 from core_toys import KINDS, assert_same, raw, run_python, snapshot
 
 from megastow import OffloadedError, create_memory_manager
-from megastow.guard import Guard, GuardedCall
+from megastow.guard import Guard, GuardedCalls, call_table
 from megastow.state import StateKind
 
 TOKENS = torch.zeros(1, dtype=torch.long)
@@ -163,9 +163,9 @@ def test_an_output_that_is_a_parameter_collects_no_hooks():
 
 def test_closing_twice_and_updating_with_nothing_is_fine():
     guard, owner = Guard(), torch.nn.Linear(2, 2)
-    call = GuardedCall(owner, "forward", frozenset({StateKind.WEIGHTS}))
-    guard.update(frozenset(), lambda: [call])
-    guard.update({StateKind.WEIGHTS}, lambda: [call, call, GuardedCall(owner, "no_such_method", call.kinds)])
+    calls = GuardedCalls(owner, call_table(((StateKind.WEIGHTS,), "forward no_such_method")))
+    guard.update(frozenset(), lambda: [calls])
+    guard.update({StateKind.WEIGHTS}, lambda: [calls, calls])
     assert "no_such_method" not in vars(owner)
     with pytest.raises(OffloadedError):
         owner(torch.ones(2))
@@ -183,11 +183,11 @@ def test_a_guard_whose_calls_cannot_be_listed_is_brought_in_line_by_the_next_mov
 
     with pytest.raises(RuntimeError):
         guard.update({StateKind.WEIGHTS}, broken)
-    call = GuardedCall(owner, "forward", frozenset({StateKind.WEIGHTS}))
-    unguardable = GuardedCall(object(), "__deepcopy__", call.kinds)
+    calls = GuardedCalls(owner, call_table(((StateKind.WEIGHTS,), "forward __deepcopy__")))
+    unguardable = GuardedCalls(object(), calls.calls)
     with pytest.raises(TypeError):
-        guard.update({StateKind.WEIGHTS}, lambda: [unguardable, call])
-    guard.update({StateKind.WEIGHTS}, lambda: [call])
+        guard.update({StateKind.WEIGHTS}, lambda: [unguardable, calls])
+    guard.update({StateKind.WEIGHTS}, lambda: [calls])
     with pytest.raises(OffloadedError):
         owner(torch.ones(2))
     guard.update(frozenset(), broken)
@@ -265,3 +265,22 @@ for name, (wrap, unwrap) in shapes.items():
 print("all raised")
 """)
     )
+
+
+def test_a_method_that_an_instance_only_passes_on_is_guarded_on_the_instance():
+    """A wrapper whose `__getattr__` finds everything in what it wraps, as torch's DataParallel relatives do."""
+
+    class Wrapper:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    guard, owner = Guard(), Wrapper(torch.nn.Linear(2, 2))
+    guard.update({StateKind.WEIGHTS}, lambda: [GuardedCalls(owner, call_table(((StateKind.WEIGHTS,), "forward")))])
+    with pytest.raises(OffloadedError, match="forward of Wrapper needs weights"):
+        owner.forward(torch.ones(2))
+    guard.close()
+    assert vars(owner).keys() == {"inner"}
+    owner.forward(torch.ones(2))

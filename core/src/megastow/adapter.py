@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from megastow.guard import GuardedCall
+from megastow.guard import GuardedCalls
 from megastow.megatron import MegatronInfo
 from megastow.state import Inventory, StateKind
 
@@ -49,7 +49,7 @@ class BoundAdapter(Protocol):
         """
         ...
 
-    def guarded_calls(self) -> Iterable[GuardedCall]:
+    def guarded_calls(self) -> Iterable[GuardedCalls]:
         """The calls that must not run while a kind is away."""
         ...
 

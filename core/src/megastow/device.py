@@ -156,16 +156,18 @@ class CudaDevice(Device):
 
     def memory(self) -> MemoryFigures:
         free, total = torch.cuda.mem_get_info(self.torch_device)
-        return MemoryFigures(
-            torch.cuda.memory_allocated(self.torch_device),
-            torch.cuda.memory_reserved(self.torch_device),
-            total - free,
-        )
+        allocated, reserved = self._of_allocator()
+        return MemoryFigures(allocated, reserved, total - free)
 
     def free_bytes(self) -> int | None:
         free, _total = torch.cuda.mem_get_info(self.torch_device)
-        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return free + cached
+        allocated, reserved = self._of_allocator()
+        return free + reserved - allocated
+
+    def _of_allocator(self) -> tuple[int, int]:
+        """Bytes that torch's allocator has handed out, and that it holds; one question instead of a flat table each."""
+        stats = torch.cuda.memory_stats_as_nested_dict(self.torch_device)
+        return stats["allocated_bytes"]["all"]["current"], stats["reserved_bytes"]["all"]["current"]
 
     def release_cached(self) -> None:
         with torch.cuda.device(self.torch_device):

@@ -35,6 +35,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megastow import faults
 from megastow.device import Device
 from megastow.host import ALIGNMENT_BYTES, align_up
+from megastow.state import PLAIN_TYPES
 from megastow.storages import StorageRecord, belongs_to, byte_view, storage_id
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,21 @@ class _Run:
         return self.start + self.nbytes
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """What was packed into a storage that we made.
+
+    Attributes:
+        storage: whether it is still alive.
+        num_tensors: tensors of the inventory that were pointed at it.
+        live_bytes: bytes that they covered.
+    """
+
+    storage: StorageWeakRef
+    num_tensors: int
+    live_bytes: int
+
+
 class FlatTensors:
     """Packs the small storages of one manager into device buckets, and knows which storages are its buckets."""
 
@@ -66,7 +82,7 @@ class FlatTensors:
         """
         self._device = device
         self._bucket_bytes = bucket_bytes
-        self._buckets: dict[int, tuple[StorageWeakRef, int]] = {}  # identity -> (liveness, bytes packed into it)
+        self._buckets: dict[int, _Bucket] = {}  # by identity of the storage
 
     def pack(self, records: Iterable[StorageRecord]) -> int:
         """Pack what can be packed. Values, identities and aliases of all tensors are unchanged.
@@ -80,7 +96,7 @@ class FlatTensors:
         Returns:
             Number of storages that were packed.
         """
-        self._buckets = {key: entry for key, entry in self._buckets.items() if not entry[0].expired()}
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if not bucket.storage.expired()}
         packed = 0
         for group in self._fill([r for r in records if self._is_candidate(r)]):
             self._pack_group(group)
@@ -95,7 +111,8 @@ class FlatTensors:
             return False
         bucket = self._buckets.get(storage_id(record.storage))
         if bucket is not None:  # one of ours: worth another packing only if tensors have died and left holes
-            return _live_bytes(record) < bucket[1] and _owned(record)
+            has_lost = len(record.tensors) < bucket.num_tensors and _live_bytes(record) < bucket.live_bytes
+            return has_lost and _owned(record)
         return record.nbytes < self._bucket_bytes // 2 and _owned(record)
 
     def _fill(self, candidates: Sequence[StorageRecord]) -> Iterator[list[StorageRecord]]:
@@ -137,7 +154,9 @@ class FlatTensors:
         self._device.synchronize()  # the sources may be reused from here on, by whichever stream they came from
         storage = bucket.untyped_storage()
         # Known as ours before it is used: if the next steps are cut short, the next packing sees holes and fills them.
-        self._buckets[storage_id(storage)] = (StorageWeakRef(storage), sum(_live_bytes(r) for r in group))
+        self._buckets[storage_id(storage)] = _Bucket(
+            StorageWeakRef(storage), sum(len(r.tensors) for r in group), sum(_live_bytes(r) for r in group)
+        )
         for record, runs in placed:
             faults.point("pack.repoint")
             _repoint(record, runs, storage)
@@ -161,7 +180,7 @@ def _owned(record: StorageRecord) -> bool:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is nothing but a shape, strides and an offset on its storage."""
-    ordinary = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    ordinary = type(tensor) in PLAIN_TYPES
     return ordinary and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
 
 

@@ -27,35 +27,27 @@ from megastow.state import StateKind
 _MISSING = object()
 
 
+CallTable = Mapping[str, frozenset[StateKind]]
+"""Names of methods, and the kinds that each reads or writes."""
+
+
 @dataclass(frozen=True)
-class GuardedCall:
-    """A method that must not run while any of `kinds` is away.
+class GuardedCalls:
+    """Methods of an instance that must not run while any of their kinds is away.
 
     Attributes:
         owner: the instance.
-        method: the method's name; a name that the instance does not have is passed over, except `__deepcopy__`, which
-            Python looks for on every instance.
-        kinds: what the method reads or writes.
+        calls: names of methods, and the kinds that each reads or writes; a name that the instance does not have is
+            passed over, except `__deepcopy__`, which Python looks for on every instance. One table serves many owners.
     """
 
     owner: object
-    method: str
-    kinds: frozenset[StateKind]
-
-
-CallTable = Mapping[str, frozenset[StateKind]]
-"""Names of methods, and the kinds that each reads or writes."""
+    calls: CallTable
 
 
 def call_table(*rows: tuple[Iterable[StateKind], str]) -> CallTable:
     """A table of calls from rows of kinds and the names, separated by spaces, of the methods that need them."""
     return {method: frozenset(kinds) for kinds, methods in rows for method in methods.split()}
-
-
-def guarded(owner: object, calls: CallTable) -> Iterator[GuardedCall]:
-    """The calls of a table, on one instance."""
-    for method, kinds in calls.items():
-        yield GuardedCall(owner, method, kinds)
 
 
 class Guard:
@@ -68,7 +60,7 @@ class Guard:
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def update(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCall]]) -> None:
+    def update(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCalls]]) -> None:
         """Block exactly those calls that need a kind that is away now; what interrupts it is made up for next time."""
         if self._is_settled and away == self._away:
             return
@@ -77,10 +69,12 @@ class Guard:
         self._away.difference_update(self._away - away)
         self._away.update(away)
         self._unblock()
-        for call in needed:
-            missing = call.kinds & away
-            if missing and (hasattr(call.owner, call.method) or call.method == "__deepcopy__"):
-                self._block(call, missing)
+        candidates: dict[tuple[type, int], list[_Candidate]] = {}
+        for guarded in needed:
+            key = (type(guarded.owner), id(guarded.calls))
+            if key not in candidates:
+                candidates[key] = _candidates(type(guarded.owner), guarded.calls, away)
+            self._block(guarded.owner, candidates[key])
         self._is_settled = True
 
     def watch_backward(self, modules: Iterable[torch.nn.Module]) -> None:
@@ -94,14 +88,20 @@ class Guard:
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _block(self, call: GuardedCall, missing: frozenset[StateKind]) -> None:
-        attributes = vars(call.owner)
-        blocked = attributes.get(call.method)
-        if not isinstance(blocked, Blocked):
-            blocked = Blocked(_describe(call.owner, call.method), attributes.get(call.method, _MISSING))
-        self._blocked.append((attributes, call.method, blocked))
-        blocked.missing[self._token] = blocked.missing.get(self._token, frozenset()) | missing
-        attributes[call.method] = blocked
+    def _block(self, owner: object, candidates: Iterable[_Candidate]) -> None:
+        attributes = vars(owner)
+        for candidate in candidates:
+            method = candidate.method
+            if not (
+                candidate.is_certain or method in attributes or (candidate.may_delegate and hasattr(owner, method))
+            ):
+                continue
+            blocked = attributes.get(method, _MISSING)
+            if type(blocked) is not Blocked:
+                blocked = Blocked(type(owner).__name__, method, blocked)
+            self._blocked.append((attributes, method, blocked))
+            blocked.missing[self._token] = blocked.missing.get(self._token, _NOTHING) | candidate.missing
+            attributes[method] = blocked
 
     def _unblock(self) -> None:
         while self._blocked:
@@ -115,6 +115,37 @@ class Guard:
             self._blocked.pop()
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A method that the instances of a class may have and that is not to be called now.
+
+    Attributes:
+        method: its name.
+        missing: the kinds that it needs and that are away.
+        is_certain: whether every instance has it.
+        may_delegate: whether an instance may find it through a `__getattr__` of the class.
+    """
+
+    method: str
+    missing: frozenset[StateKind]
+    is_certain: bool
+    may_delegate: bool
+
+
+def _candidates(owner: type, calls: CallTable, away: Set[StateKind]) -> list[_Candidate]:
+    """What of a table is to be blocked on instances of a class: asked once, since a model has hundreds of each."""
+    lookup = getattr(owner, "__getattr__", None)
+    may_delegate = lookup is not None and lookup is not torch.nn.Module.__getattr__  # that one finds no methods
+    return [
+        _Candidate(method, kinds & away, hasattr(owner, method) or method == "__deepcopy__", may_delegate)
+        for method, kinds in calls.items()
+        if kinds & away
+    ]
+
+
+_NOTHING: frozenset[StateKind] = frozenset()
+
+
 class Blocked:
     """Stands where a method was; calling it raises.
 
@@ -123,13 +154,17 @@ class Blocked:
         missing: the kinds that are away, by the token of the guard that blocks.
     """
 
-    def __init__(self, what: str, before: object) -> None:
-        self._what = what
+    __slots__ = ("_method", "_owner", "before", "missing")
+
+    def __init__(self, owner: str, method: str, before: object) -> None:
+        self._owner = owner
+        self._method = method
         self.before = before
         self.missing: dict[object, frozenset[StateKind]] = {}
 
     def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
-        _refuse(self._what, frozenset().union(*self.missing.values()))
+        what = f"{_READABLE.get(self._method, self._method)} of {self._owner}"
+        _refuse(what, _NOTHING.union(*self.missing.values()))
 
 
 class _BackwardWatch:
@@ -160,23 +195,18 @@ COPY_METHODS = ("__deepcopy__", "__reduce_ex__")
 """Where `copy.deepcopy`, `pickle` and `torch.save` enter an object."""
 
 
-def module_calls(modules: Iterable[torch.nn.Module]) -> Iterator[GuardedCall]:
+def module_calls(modules: Iterable[torch.nn.Module]) -> Iterator[GuardedCalls]:
     """What reads the weights of modules: their calls, their state, and moving or casting them."""
     for module in modules:
-        for method in _MODULE_METHODS:
-            yield GuardedCall(module, method, frozenset({StateKind.WEIGHTS}))
+        yield GuardedCalls(module, _MODULE_CALLS)
 
 
-_MODULE_METHODS = (
-    "_call_impl",  # module(...), before any hook
-    "_compiled_call_impl",  # the same after module.compile(); None if it was not compiled
-    "forward",
-    "state_dict",
-    "load_state_dict",
-    "sharded_state_dict",
-    "state_dict_for_save_checkpoint",
-    "_apply",  # to, cuda, cpu, half, share_memory
-    *COPY_METHODS,
+# `_call_impl` is `module(...)`, before any hook; `_compiled_call_impl` the same after `module.compile()`, and None if
+# it was not compiled; `_apply` is behind to, cuda, cpu, half and share_memory.
+_MODULE_CALLS = call_table(
+    ((StateKind.WEIGHTS,), "_call_impl _compiled_call_impl forward _apply"),
+    ((StateKind.WEIGHTS,), "state_dict load_state_dict sharded_state_dict state_dict_for_save_checkpoint"),
+    ((StateKind.WEIGHTS,), " ".join(COPY_METHODS)),
 )
 
 _BACKWARD_KINDS = frozenset({StateKind.WEIGHTS, StateKind.GRAD_BUFFERS})
@@ -189,10 +219,6 @@ _READABLE = {
     "__deepcopy__": "a copy",
     "__reduce_ex__": "pickling",
 }
-
-
-def _describe(owner: object, method: str) -> str:
-    return f"{_READABLE.get(method, method)} of {type(owner).__name__}"
 
 
 def _refuse(what: str, missing: Collection[StateKind]) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from megastow import collect
-from megastow.guard import CallTable, GuardedCall, call_table, guarded, module_calls
+from megastow.guard import CallTable, GuardedCalls, call_table, module_calls
 from megastow.megatron_parts import add_dispatchers, add_optimizer, leaves, nested, optimizer_calls, unwrap
 from megastow.state import Inventory, StateKind
 
@@ -42,6 +42,13 @@ class MegatronBinding:
         """What was found, in the words of the classic factory's arguments."""
         raise NotImplementedError
 
+    def refuse_unsupported(self, modules: collect.NamedModules) -> None:
+        """Look for layouts that cannot be moved; asked before each inventory, for graphs are captured while training.
+
+        Raises:
+            UnsupportedLayoutError: there is one.
+        """
+
     def add_buffers(self, inventory: Inventory) -> None:
         """List the flat buffers of the chunks, and whatever lies on their storages."""
         raise NotImplementedError
@@ -50,7 +57,7 @@ class MegatronBinding:
         """See `BoundAdapter`."""
         raise NotImplementedError
 
-    def buffer_calls(self) -> Iterator[GuardedCall]:
+    def buffer_calls(self) -> Iterator[GuardedCalls]:
         """The calls on buffers, buckets and whatever else a chunk delegates to."""
         yield from ()
 
@@ -62,21 +69,23 @@ class MegatronBinding:
         return self._device
 
     def inventory(self) -> Inventory:
-        """Everything on the device, found anew."""
+        """Everything on the device, found anew, if it can be moved."""
+        modules = collect.named_modules(self._model)
+        self.refuse_unsupported(modules)
         inventory = Inventory(self._device)
         self.add_buffers(inventory)
-        collect.add_modules(inventory, self._model)
-        add_dispatchers(inventory, self._model)
+        collect.add_modules(inventory, modules)
+        add_dispatchers(inventory, modules)
         add_optimizer(inventory, self._optimizer)
         grads = inventory.group(StateKind.GRAD_BUFFERS, "gradients on parameters", keep=False)
-        collect.add_grads(grads, collect.named_parameters(self._model))
+        collect.add_grads(grads, collect.parameters_of(modules))
         return inventory
 
-    def guarded_calls(self) -> Iterable[GuardedCall]:
+    def guarded_calls(self) -> Iterable[GuardedCalls]:
         """Everything that reads or writes state: modules, DDP chunks, their buffers, optimizers."""
-        yield from module_calls(module for chunk in self._model for module in chunk.modules())
+        yield from module_calls(module for _, module in collect.named_modules(self._model))
         for chunk in self._model:
-            yield from guarded(chunk, self.chunk_calls)
+            yield GuardedCalls(chunk, self.chunk_calls)
         yield from self.buffer_calls()
         yield from optimizer_calls(self._optimizer)
 
@@ -148,8 +157,8 @@ class FlatGradientsBinding(MegatronBinding):
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Nothing to wait for: these generations communicate synchronously."""
 
-    def buffer_calls(self) -> Iterator[GuardedCall]:
+    def buffer_calls(self) -> Iterator[GuardedCalls]:
         """Whoever holds a buffer may use it without the chunk."""
         for _, buffer in self.buffers():
             if not isinstance(buffer, torch.Tensor):
-                yield from guarded(buffer, self.flat_calls)
+                yield GuardedCalls(buffer, self.flat_calls)

@@ -14,7 +14,7 @@ import torch
 
 from megastow import collect
 from megastow.errors import TransferError
-from megastow.guard import COPY_METHODS, GuardedCall, call_table, guarded
+from megastow.guard import COPY_METHODS, GuardedCalls, call_table
 from megastow.plain import TORCH_OPTIMIZER_CALLS
 from megastow.state import ALL_KINDS, Inventory, StateKind
 
@@ -48,22 +48,22 @@ def nested(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def add_dispatchers(inventory: Inventory, model: Iterable[torch.nn.Module]) -> None:
+def add_dispatchers(inventory: Inventory, modules: collect.NamedModules) -> None:
     """What MoE token dispatchers have left from the last forward, and their constants.
 
     They are plain objects beside the modules. Their leftovers are moved with the weights rather than dropped: between
     forward and backward they are still needed, and nothing tells that moment from another.
     """
     group = inventory.group(StateKind.WEIGHTS, "tensors of MoE token dispatchers", transient=True)
-    for chunk in model:
-        for path, module in chunk.named_modules():
-            for name in ("token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher"):
-                dispatcher = vars(module).get(name)
-                if dispatcher is not None:
-                    collect.add_attributes(group, f"{path}.{name}", dispatcher)
-                    manager = getattr(dispatcher, "_comm_manager", None)  # flex dispatcher, 0.12+
-                    if manager is not None:
-                        collect.add_attributes(group, f"{path}.{name}._comm_manager", manager)
+    for path, module in modules:
+        attributes = vars(module)
+        for name in ("token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher"):
+            dispatcher = attributes.get(name)
+            if dispatcher is not None:
+                collect.add_attributes(group, f"{path}.{name}", dispatcher)
+                manager = getattr(dispatcher, "_comm_manager", None)  # flex dispatcher, 0.12+
+                if manager is not None:
+                    collect.add_attributes(group, f"{path}.{name}._comm_manager", manager)
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
@@ -140,16 +140,16 @@ def _flatten(groups: Any) -> Iterator[torch.Tensor | None]:
         yield from group
 
 
-def optimizer_calls(optimizer: Any) -> Iterator[GuardedCall]:
+def optimizer_calls(optimizer: Any) -> Iterator[GuardedCalls]:
     """What reads or writes state through the optimizer, the parts of a chain and inner optimizers; None has none."""
     if optimizer is None:
         return
-    yield from guarded(optimizer, _OPTIMIZER_CALLS)
+    yield GuardedCalls(optimizer, _OPTIMIZER_CALLS)
     for leaf in leaves(optimizer):
         if leaf is not optimizer:
-            yield from guarded(leaf, _OPTIMIZER_CALLS)
+            yield GuardedCalls(leaf, _OPTIMIZER_CALLS)
         for inner in {id(o): o for o in (leaf.optimizer, device_part(leaf.optimizer)) if o is not None}.values():
-            yield from guarded(inner, TORCH_OPTIMIZER_CALLS)
+            yield GuardedCalls(inner, TORCH_OPTIMIZER_CALLS)
 
 
 # Public methods of all generations by what they read or write; a name that a version does not have is passed over.

@@ -8,7 +8,7 @@ import torch
 
 from megastow import collect
 from megastow.errors import UnsupportedLayoutError
-from megastow.guard import COPY_METHODS, GuardedCall, call_table, guarded, module_calls
+from megastow.guard import COPY_METHODS, GuardedCalls, call_table, module_calls
 from megastow.megatron import MegatronInfo
 from megastow.state import ALL_KINDS, Inventory, StateKind
 
@@ -92,8 +92,9 @@ class PlainBinding:
     def inventory(self) -> Inventory:
         """Parameters, buffers, optimizer state and gradients."""
         inventory = Inventory(self._device)
-        collect.add_modules(inventory, self._model)
-        parameters: list[tuple[str, torch.Tensor]] = list(collect.named_parameters(self._model))
+        modules = collect.named_modules(self._model)
+        collect.add_modules(inventory, modules)
+        parameters: list[tuple[str, torch.Tensor]] = list(collect.parameters_of(modules))
         if self._optimizer is not None:
             main = inventory.group(StateKind.MAIN_WEIGHTS, "parameters that only the optimizer knows")
             collect.add_main_weights(main, self._optimizer)
@@ -106,11 +107,11 @@ class PlainBinding:
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Nothing to wait for that a device synchronisation does not wait for."""
 
-    def guarded_calls(self) -> Iterable[GuardedCall]:
+    def guarded_calls(self) -> Iterable[GuardedCalls]:
         """Every module's calls, and everything the optimizer does."""
-        yield from module_calls(m for chunk in self._model for m in chunk.modules())
+        yield from module_calls(module for _, module in collect.named_modules(self._model))
         if self._optimizer is not None:
-            yield from guarded(self._optimizer, TORCH_OPTIMIZER_CALLS)
+            yield GuardedCalls(self._optimizer, TORCH_OPTIMIZER_CALLS)
 
     def entrances(self) -> Sequence[torch.nn.Module]:
         """The modules themselves."""

@@ -104,8 +104,10 @@ class TensorGroup:
         """
         if tensor is None:
             return
-        for inner_name, inner in _plain_tensors(name, tensor):
-            self.tensors.append((inner_name, inner))
+        if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
+            self.tensors.append((name, tensor))
+        else:
+            self.tensors.extend(_plain_tensors(name, tensor))
 
 
 @dataclass
@@ -139,7 +141,7 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
         for attribute in attributes:
             yield from _plain_tensors(f"{name}.{attribute}", getattr(tensor, attribute))
         return
-    if type(tensor) not in _PLAIN_TYPES and not _has_storage(tensor):
+    if type(tensor) not in PLAIN_TYPES and not _has_storage(tensor):
         raise UnsupportedTensorError(
             f"{name} is a {type(tensor).__module__}.{type(tensor).__qualname__}, which wraps other tensors and does "
             "not name them (no __tensor_flatten__): megastow cannot know which memory is its own, and moved nothing. "
@@ -153,7 +155,8 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
     yield name, tensor
 
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""The classes of tensors that are nothing but a view on a storage."""
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:

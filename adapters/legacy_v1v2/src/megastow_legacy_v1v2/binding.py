@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from megastow.guard import CallTable, GuardedCall, call_table, guarded
+from megastow.guard import CallTable, GuardedCalls, call_table
 from megastow.megatron_binding import FlatGradientsBinding
 from megastow.megatron_parts import launched_by_buckets, leaves, wait_until_idle
 from megastow.state import StateKind
@@ -84,15 +84,15 @@ class GradBufferBinding(FlatGradientsBinding):
         """
         wait_until_idle(launched_by_buckets(self.buffers(), self._optimizer))
 
-    def buffer_calls(self) -> Iterator[GuardedCall]:
+    def buffer_calls(self) -> Iterator[GuardedCalls]:
         """Buffers and buckets, which autograd hooks reach past the chunk; and forward hooks with parameters to copy."""
         yield from super().buffer_calls()
         for _, buffer in self.buffers():
             for bucket in getattr(buffer, "buckets", ()):
-                yield from guarded(bucket, _BUCKET_CALLS)
+                yield GuardedCalls(bucket, _BUCKET_CALLS)
         if any(True for _ in self.staged_gradients()):
             for optimizer in (self._optimizer, *(leaf for _, leaf in self._gathering())):
-                yield from guarded(optimizer, _GATHER_CALLS)
+                yield GuardedCalls(optimizer, _GATHER_CALLS)
 
     def _gathering(self) -> Iterator[tuple[int, Any]]:
         """The optimizers that gather parameters during the next forward pass, with their numbers."""

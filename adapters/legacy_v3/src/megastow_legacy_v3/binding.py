@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megastow import collect
-from megastow.guard import GuardedCall, call_table, guarded
+from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
 from megastow.megatron_layouts import captured_modules, quantized_parameters, refuse
 from megastow.megatron_parts import launched_by_buckets, leaves, wait_until_idle
@@ -47,7 +47,7 @@ class LegacyV3Binding(MegatronBinding):
 
     def __init__(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
         super().__init__(model, optimizer)
-        self._refuse_unsupported()
+        self.refuse_unsupported(collect.named_modules(self._model))
 
     @property
     def facts(self) -> Mapping[str, object]:
@@ -59,10 +59,10 @@ class LegacyV3Binding(MegatronBinding):
             "params_dtype": collect.largest_dtype(self._model),
         }
 
-    def inventory(self) -> Inventory:
-        """Everything on the device, if it still can be moved."""
-        self._refuse_unsupported()
-        return super().inventory()
+    def refuse_unsupported(self, modules: collect.NamedModules) -> None:
+        """CUDA graphs and quantised parameters."""
+        refuse(captured_modules(modules))
+        refuse(quantized_parameters(modules))
 
     def add_buffers(self, inventory: Inventory) -> None:
         """The `ParamAndGradBuffer`s; buckets, shards and the optimizer's views lie on the same storages."""
@@ -80,17 +80,17 @@ class LegacyV3Binding(MegatronBinding):
         """
         wait_until_idle(launched_by_buckets(self._buffers(), self._optimizer))
 
-    def buffer_calls(self) -> Iterator[GuardedCall]:
+    def buffer_calls(self) -> Iterator[GuardedCalls]:
         """Buffers and buckets, which autograd hooks reach past the chunk, and the optimizers that gather parameters."""
         for _, buffer in self._buffers():
-            yield from guarded(buffer, _BUFFER_CALLS)
+            yield GuardedCalls(buffer, _BUFFER_CALLS)
             for bucket in buffer.buckets:
-                yield from guarded(bucket, _BUCKET_CALLS)
+                yield GuardedCalls(bucket, _BUCKET_CALLS)
         gathering = [leaf for leaf in leaves(self._optimizer) if getattr(leaf, "overlap_param_gather", False)]
         if gathering:
             # The whole as well: what it passes on to one part must not be refused by the next.
             for optimizer in {id(each): each for each in (self._optimizer, *gathering)}.values():
-                yield from guarded(optimizer, _GATHER_CALLS)
+                yield GuardedCalls(optimizer, _GATHER_CALLS)
 
     def _buffers(self) -> Iterator[tuple[str, Any]]:
         """The buffers of all chunks, for dense and for expert parameters, with their paths."""
@@ -98,7 +98,3 @@ class LegacyV3Binding(MegatronBinding):
             for attribute in ("buffers", "expert_parallel_buffers"):
                 for index, buffer in enumerate(getattr(chunk, attribute)):
                     yield f"chunk{number}.{attribute}[{index}]", buffer
-
-    def _refuse_unsupported(self) -> None:
-        refuse(captured_modules(self._model))
-        refuse(quantized_parameters(self._model))

@@ -13,7 +13,7 @@ import torch
 
 from megastow import collect
 from megastow.errors import TransferError
-from megastow.guard import GuardedCall, call_table, guarded
+from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
 from megastow.megatron_parts import wait_until_idle
 from megastow.state import Inventory, StateKind
@@ -48,7 +48,7 @@ class McoreBinding(MegatronBinding):
     chunk_calls = _CHUNK_CALLS
 
     def __init__(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
-        refuse_unsupported(model, optimizer)
+        refuse_unsupported(model, collect.named_modules(model), optimizer)
         super().__init__(model, optimizer)
 
     @property
@@ -60,10 +60,9 @@ class McoreBinding(MegatronBinding):
             "params_dtype": collect.largest_dtype(self._model),
         }
 
-    def inventory(self) -> Inventory:
-        """Everything on the device, if it still can be moved."""
-        refuse_unsupported(self._model, self._optimizer)
-        return super().inventory()
+    def refuse_unsupported(self, modules: collect.NamedModules) -> None:
+        """See `layout.refuse_unsupported`."""
+        refuse_unsupported(self._model, modules, self._optimizer)
 
     def add_buffers(self, inventory: Inventory) -> None:
         """The `_ParamAndGradBuffer`s, and gradients that 0.17 and later keep beside them."""
@@ -95,10 +94,10 @@ class McoreBinding(MegatronBinding):
             for handle in (group.param_gather_handle, group.grad_reduce_handle)
         )
 
-    def buffer_calls(self) -> Iterator[GuardedCall]:
+    def buffer_calls(self) -> Iterator[GuardedCalls]:
         """Megatron's schedules keep bound methods of the DDP object, taken before any guard; they end up here."""
         for chunk in self._model:
             for group in bucket_groups(chunk):
-                yield from guarded(group, _BUCKET_GROUP_CALLS)
+                yield GuardedCalls(group, _BUCKET_GROUP_CALLS)
             for buffer in flat_buffers(chunk):
-                yield from guarded(buffer, _BUFFER_CALLS)
+                yield GuardedCalls(buffer, _BUFFER_CALLS)

@@ -13,25 +13,31 @@ from typing import Any
 import torch
 
 from megastow import megatron_layouts
+from megastow.collect import NamedModules, parameters_of
 from megastow.megatron_parts import leaves
 
 
-def refuse_unsupported(model: Sequence[torch.nn.Module], optimizer: Any) -> None:
+def refuse_unsupported(model: Sequence[torch.nn.Module], modules: NamedModules, optimizer: Any) -> None:
     """Look for every layout that is not supported.
+
+    Args:
+        model: the chunks.
+        modules: all modules in them.
+        optimizer: the optimizer over them, or None.
 
     Raises:
         UnsupportedLayoutError: one was found; the message names it, where, and what to do. Nothing was touched.
     """
-    megatron_layouts.refuse(_problems(model, optimizer))
+    megatron_layouts.refuse(_problems(model, modules, optimizer))
 
 
-def _problems(model: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[str]:
+def _problems(model: Sequence[torch.nn.Module], modules: NamedModules, optimizer: Any) -> Iterator[str]:
     yield from _sharding_wrappers(model)
     for index, chunk in enumerate(model):
         yield from _buffer_problems(index, chunk)
-        yield from _rematerialised_parameters(index, chunk)
-    yield from megatron_layouts.quantized_parameters(model)
-    yield from megatron_layouts.captured_modules(model)
+    yield from _rematerialised_parameters(modules)
+    yield from megatron_layouts.quantized_parameters(modules)
+    yield from megatron_layouts.captured_modules(modules)
     for name in ("FullCudaGraphWrapper", "OptimizerCudaGraphWrapper"):
         if _whole_graph(name):
             yield (
@@ -77,10 +83,10 @@ def _buffer_problems(index: int, chunk: Any) -> Iterator[str]:
             )
 
 
-def _rematerialised_parameters(index: int, chunk: torch.nn.Module) -> Iterator[str]:
-    for name, parameter in chunk.named_parameters():
+def _rematerialised_parameters(modules: NamedModules) -> Iterator[str]:
+    for name, parameter in parameters_of(modules):
         if getattr(parameter, "is_gtp_weight_remat", False):  # tensor_parallel, 0.19
-            yield f"parameter {name} of chunk {index} is rematerialised from a weight cache (GTP). Turn GTP off"
+            yield f"parameter {name} is rematerialised from a weight cache (GTP). Turn GTP off"
 
 
 _GRAPH_MODULES = (

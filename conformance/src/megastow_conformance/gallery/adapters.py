@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 from megastow import MegatronInfo, MemoryManager, create_memory_manager, registry
-from megastow.guard import GuardedCall
+from megastow.guard import GuardedCalls
 from megastow.megatron import generation_of
 from megastow.megatron_adapter import MegatronAdapter
 from megastow.megatron_binding import MegatronBinding
@@ -123,8 +123,10 @@ class LetsStateDictThrough(MegatronBinding):
     Stands for a checkpoint written by a callback in the middle of a rollout, full of zeros.
     """
 
-    def guarded_calls(self) -> Iterable[GuardedCall]:
-        return (call for call in super().guarded_calls() if call.method != "state_dict")
+    def guarded_calls(self) -> Iterable[GuardedCalls]:
+        for guarded in super().guarded_calls():
+            calls = {method: kinds for method, kinds in guarded.calls.items() if method != "state_dict"}
+            yield GuardedCalls(guarded.owner, calls)
 
 
 @breaks("guard")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from megastow.engine import Engine, Parked, _KindClock
 from megastow.flat import FlatTensors
-from megastow.guard import Guard, GuardedCall
+from megastow.guard import Guard
 from megastow.host import HostArena, HostRegion
 from megastow.state import ALL_KINDS, Inventory, StateKind
 from megastow.storages import StorageRecord, byte_view
@@ -137,15 +138,15 @@ class LeavesTheGuardBehind(Guard):
     refers to itself.
     """
 
-    def _block(self, call: GuardedCall, missing: frozenset[StateKind]) -> None:
-        super()._block(call, missing)
-        vars(self).setdefault("owners", []).append((call.owner, call.method))
+    def _block(self, owner: object, candidates: Iterable[Any]) -> None:
+        super()._block(owner, candidates)
+        vars(self).setdefault("owners", []).append(owner)
 
     def _unblock(self) -> None:
         super()._unblock()
-        for owner, method in vars(self).pop("owners", []):
-            if method == "forward":
-                vars(owner)[method] = getattr(owner, method)
+        for owner in vars(self).pop("owners", []):
+            if hasattr(owner, "forward"):
+                vars(owner)["forward"] = owner.forward
 
 
 @breaks("bitexact", "training", "checkpoint", world=2, because=_LOST_BYTES)
