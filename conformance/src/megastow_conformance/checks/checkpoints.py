@@ -86,10 +86,12 @@ def checkpoint_sharded(case: Case) -> None:
         cycle(case, case.manager(fresh), fresh)
         fresh.load_sharded(folder)
         oracle.assert_same(saved, oracle.snapshot(fresh.named_state()), "state after a load")
+    dist: Any = torch.distributed
+    dist.barrier()  # rank 0 removes the folders as soon as it is through
 
 
 def _shared_folder(case: Case) -> Path:
-    """A new folder that every rank knows, removed when the check is over."""
+    """A new folder that every rank knows, removed when the check is over on rank 0."""
     name = [""]
     if case.rank == 0:
         name = [tempfile.mkdtemp(prefix="megastow-")]
