@@ -16,6 +16,7 @@ from megastow.errors import (
     UnsupportedLayoutError,
     UnsupportedTensorError,
 )
+from megastow.handle import TransferHandle
 from megastow.manager import MemoryManager, create_memory_manager, create_trainer_memory_manager
 from megastow.megatron import MegatronInfo, detect_megatron
 from megastow.report import KindReport, MemoryFigures, TransferReport
@@ -43,6 +44,7 @@ __all__ = [
     "StateChangedError",
     "StateKind",
     "TransferError",
+    "TransferHandle",
     "TransferReport",
     "UnsupportedLayoutError",
     "UnsupportedTensorError",

@@ -6,7 +6,7 @@ Megatron. `bind` gives the `BoundAdapter`, which knows one model and optimizer a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -51,6 +51,14 @@ class BoundAdapter(Protocol):
 
     def guarded_calls(self) -> Iterable[GuardedCalls]:
         """The calls that must not run while a kind is away."""
+        ...
+
+    def workspaces(self) -> Iterable[tuple[str, Callable[[], object]]]:
+        """What is kept on the device for reuse, holds nothing that is needed, and comes back by itself.
+
+        Yields:
+            What it is, and what drops it.
+        """
         ...
 
     def entrances(self) -> Sequence[torch.nn.Module]:

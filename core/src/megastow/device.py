@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -32,6 +32,14 @@ class Stopwatch(ABC):
     @abstractmethod
     def seconds(self) -> float:
         """Seconds between start and stop; valid once the copies have been waited for."""
+
+
+class Arrival(ABC):
+    """A moment on the copy stream that can be waited for."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when everything that was queued before it has arrived; errors of it surface here."""
 
 
 class Device(ABC):
@@ -61,8 +69,20 @@ class Device(ABC):
         """Queue copies on the copy stream for the length of the context."""
 
     @abstractmethod
+    def arrival(self) -> Arrival:
+        """The moment when what is queued by now has arrived; call within `copying`."""
+
+    @abstractmethod
     def confirm(self) -> None:
         """Wait until every copy queued within `copying` has arrived."""
+
+    @abstractmethod
+    def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        """What another thread enters to work on the device as this one would: the same device, the same stream."""
+
+    @abstractmethod
+    def release_workspaces(self) -> int:
+        """Drop what libraries keep for reuse on the device; the bytes that torch had handed out for it."""
 
     @abstractmethod
     def stopwatch(self) -> Stopwatch:
@@ -96,6 +116,11 @@ class _WallStopwatch(Stopwatch):
         return self._end - self._start
 
 
+class _Arrived(Arrival):
+    def wait(self) -> None:
+        pass
+
+
 class CpuDevice(Device):
     """The CPU standing in for an accelerator: copies are synchronous, nothing is page-locked."""
 
@@ -116,8 +141,17 @@ class CpuDevice(Device):
         with torch.no_grad():
             yield
 
+    def arrival(self) -> Arrival:
+        return _Arrived()
+
     def confirm(self) -> None:
         pass
+
+    def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        return contextlib.nullcontext
+
+    def release_workspaces(self) -> int:
+        return 0
 
     def stopwatch(self) -> Stopwatch:
         return _WallStopwatch()
@@ -142,6 +176,15 @@ class _EventStopwatch(Stopwatch):
 
     def seconds(self) -> float:
         return float(self._start.elapsed_time(self._end)) / 1e3
+
+
+class _EventArrival(Arrival):
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()
 
 
 class CudaDevice(Device):
@@ -181,8 +224,22 @@ class CudaDevice(Device):
         with torch.no_grad(), torch.cuda.stream(self._stream):
             yield
 
+    def arrival(self) -> Arrival:
+        return _EventArrival()
+
     def confirm(self) -> None:
         self._stream.synchronize()
+
+    def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
+        stream = torch.cuda.current_stream(self.torch_device)
+        return lambda: torch.cuda.stream(stream)  # which makes its device the current one, too
+
+    def release_workspaces(self) -> int:
+        before, _ = self._of_allocator()
+        with torch.cuda.device(self.torch_device):
+            torch._C._cuda_clearCublasWorkspaces()
+        after, _ = self._of_allocator()
+        return before - after
 
     def stopwatch(self) -> Stopwatch:
         return _EventStopwatch()

@@ -1,11 +1,17 @@
 """A move is a transaction: plan, reserve, copy, confirm, release - or nothing happened.
 
 [Note: what is true at which moment]
-The bytes of a storage are in one of two places, and a `Parked` entry is the record of it. An entry is written before
-the first storage of an offload is released, and deleted after the last copy of an onload has been confirmed. While it
-exists, the host copy is complete and is the truth; refilling from it is right any number of times, whatever has become
-of the device side. While it does not exist, the device side is the truth. So an interruption at any instruction leaves
-a state from which the same call, or its opposite, goes on.
+The bytes of a storage are in one of two places, and a `Parked` entry says which. Entries of a move are written when all
+its copies are queued, before the first storage is released. A storage is marked as released, and then released, when
+its own copy has arrived: from then on the host copy is the truth, and refilling from it is right any number of times,
+whatever has become of the device side. Until then, and where there is no entry, the device side is the truth. Entries
+are deleted after the last copy of an onload has been confirmed. So an interruption at any instruction leaves a state
+from which the same call, or its opposite, goes on.
+
+Storages are released one by one while the copies of the others are still on their way, so that another tenant of the
+process can have the memory at once. If the move then fails, what was released is refilled; if even that fails, because
+somebody has taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them,
+and the next onload brings back what is missing.
 
 What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail; once the
 first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
@@ -21,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from megastow import faults
-from megastow.device import Device, Stopwatch
+from megastow.device import Arrival, Device, Stopwatch
 from megastow.errors import DeviceMemoryError, MegastowError, StateChangedError, TransferError
 from megastow.flat import FlatTensors
 from megastow.host import HostArena, align_up
@@ -79,6 +85,10 @@ class Engine:
         """Where the bytes of `kind` are at this moment."""
         settled = Residency.OFFLOADED if kind in self._parked else Residency.RESIDENT
         return self._moving.get(kind, settled)
+
+    def is_away(self, kind: StateKind) -> bool:
+        """Whether the bytes of `kind` are in host memory, whatever move is under way or about to begin."""
+        return kind in self._parked
 
     @property
     def host_bytes(self) -> int:
@@ -145,8 +155,7 @@ class Engine:
             clock = _KindClock()
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._copy_out(plans, clock)
-            self._release(plans, clock)
+            self._move_out(plans, clock)
             for kind, entries in plans.items():
                 reports[kind] = _report(kind, entries, clock.seconds[kind])
         return reports
@@ -183,6 +192,10 @@ class Engine:
                 del self._parked[kind]
         return reports, notes
 
+    def announce(self, kinds: Collection[StateKind], residency: Residency) -> None:
+        """Show `residency` of kinds that a move is about to begin with; until `settle`."""
+        self._moving.update(dict.fromkeys(kinds, residency))
+
     def settle(self) -> None:
         """Show residencies as they are between moves; the end of every move, which an interruption may have skipped."""
         self._moving.clear()
@@ -202,7 +215,7 @@ class Engine:
         become inference tensors, which training refuses.
         """
         try:
-            self._moving.update(dict.fromkeys(kinds, residency))
+            self.announce(kinds, residency)
             with torch.inference_mode(False), torch.no_grad():
                 yield
         except MegastowError:
@@ -236,43 +249,48 @@ class Engine:
                         offsets[key] += align_up(parked.nbytes)
         return plans
 
-    def _copy_out(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
-        """Copy everything that is kept, and wait until it has arrived."""
-        try:
-            with self._device.copying():
-                for kind, entries in plans.items():
-                    with clock.copying(kind, self._device):
-                        for parked in entries:
-                            if parked.host is not None:
-                                self._transport.copy_out(parked.storage, parked.host)
-            faults.point("offload.confirm")
-            self._device.confirm()
-        except BaseException:
-            self._settle()
-            raise
+    def _move_out(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
+        """Copy everything that is kept, and release each storage when its bytes have arrived.
 
-    def _release(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
-        """Give up the device side; undone if interrupted, until the first byte goes that was not kept."""
+        Undone if interrupted, until the first byte goes that was not kept. See [Note: what is true at which moment].
+        """
         try:
+            arrivals = self._queue_copies(plans, clock)
             self._parked.update(plans)
-            for kind, entries in plans.items():
-                with clock.running(kind):
-                    for parked in entries:
-                        if parked.host is not None:
-                            faults.point("offload.release")
-                            parked.released = True
-                            parked.storage.resize_(0)
+            for parked, arrival in arrivals:
+                faults.point("offload.confirm")
+                arrival.wait()
+                with clock.running(parked.kind):
+                    faults.point("offload.release")
+                    parked.released = True
+                    parked.storage.resize_(0)
+            self._device.confirm()  # the clocks stop behind the last copy
             faults.point("offload.drop")
             self._drop(plans, clock)
         except BaseException:
             if any(p.released and p.host is None for entries in plans.values() for p in entries):
                 self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
                 raise
+            self._settle()
             self._refill(plans, _KindClock())
             for kind in plans:
                 self._parked.pop(kind, None)
             raise
         self._device.release_cached()
+
+    def _queue_copies(
+        self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock
+    ) -> list[tuple[Parked, Arrival]]:
+        """Queue the copies of everything that is kept; what to wait for, for each."""
+        arrivals = []
+        with self._device.copying():
+            for kind, entries in plans.items():
+                with clock.copying(kind, self._device):
+                    for parked in entries:
+                        if parked.host is not None:
+                            self._transport.copy_out(parked.storage, parked.host)
+                            arrivals.append((parked, self._device.arrival()))
+        return arrivals
 
     @staticmethod
     def _drop(plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:

@@ -5,6 +5,7 @@ the CUDA context for good), or, for `state_dict` and `torch.save`, silently wron
 
 A method is blocked by an attribute of the same name on the instance, which Python finds first; taking it away again
 leaves the instance as it was. Managers that share an instance share the attribute: the last to let go takes it away.
+While what is away is on its way back, a blocked call waits for it instead, and then goes through.
 
 Calls of a module are blocked at `_call_impl`, ahead of all hooks (Megatron's own forward pre-hooks gather parameters).
 A backward pass through a graph made before the offload cannot be blocked that way: a gradient hook on the model's
@@ -14,8 +15,10 @@ outputs stands at its entrance.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -50,24 +53,52 @@ def call_table(*rows: tuple[Iterable[StateKind], str]) -> CallTable:
     return {method: frozenset(kinds) for kinds, methods in rows for method in methods.split()}
 
 
+class _Gate:
+    """What a guard shares with all that it has put up; hooks outlive the guard if nobody calls `close`.
+
+    Attributes:
+        away: the kinds that are away.
+        arriving: the move that brings some of them back just now.
+    """
+
+    def __init__(self) -> None:
+        self.away: set[StateKind] = set()
+        self.arriving: Future[Any] | None = None
+
+    def wait(self) -> BaseException | None:
+        """Wait until what is on its way has arrived; returns why it has not."""
+        return None if self.arriving is None else self.arriving.exception()
+
+
 class Guard:
     """Blocks and unblocks the guarded calls of one manager."""
 
     def __init__(self) -> None:
-        self._token = object()  # who we are to a `Blocked` that we share; it keeps nothing of us alive
+        self._gate = _Gate()
         self._blocked: list[tuple[dict[str, Any], str, Blocked]] = []
-        self._away: set[StateKind] = set()  # shared with the hooks, which outlive us if nobody calls `close`
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def update(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCalls]]) -> None:
-        """Block exactly those calls that need a kind that is away now; what interrupts it is made up for next time."""
-        if self._is_settled and away == self._away:
+    def update(
+        self,
+        away: Set[StateKind],
+        calls: Callable[[], Iterable[GuardedCalls]],
+        arriving: Future[Any] | None = None,
+    ) -> None:
+        """Block exactly those calls that need a kind that is away now; what interrupts it is made up for next time.
+
+        Args:
+            away: the kinds that are not on the device.
+            calls: lists what touches them.
+            arriving: a move that brings some back just now; blocked calls wait for it before they refuse.
+        """
+        self._gate.arriving = arriving
+        if self._is_settled and away == self._gate.away:
             return
         needed = list(calls()) if away else []
         self._is_settled = False
-        self._away.difference_update(self._away - away)
-        self._away.update(away)
+        self._gate.away.difference_update(self._gate.away - away)
+        self._gate.away.update(away)
         self._unblock()
         candidates: dict[tuple[type, int], list[_Candidate]] = {}
         for guarded in needed:
@@ -79,12 +110,12 @@ class Guard:
 
     def watch_backward(self, modules: Iterable[torch.nn.Module]) -> None:
         """Check every backward pass that enters one of `modules` from its outputs, until `close`."""
-        self._hooks += [module.register_forward_hook(_BackwardWatch(self._away)) for module in modules]
+        self._hooks += [module.register_forward_hook(_BackwardWatch(self._gate)) for module in modules]
 
     def close(self) -> None:
         """Remove everything."""
         self._unblock()
-        self._away.clear()
+        self._gate.away.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -92,21 +123,20 @@ class Guard:
         attributes = vars(owner)
         for candidate in candidates:
             method = candidate.method
-            if not (
-                candidate.is_certain or method in attributes or (candidate.may_delegate and hasattr(owner, method))
-            ):
+            has_it = candidate.is_certain or attributes.get(method) is not None
+            if not has_it and not (candidate.may_delegate and hasattr(owner, method)):
                 continue
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked:
-                blocked = Blocked(type(owner).__name__, method, blocked)
+                blocked = Blocked(owner, method, blocked)
             self._blocked.append((attributes, method, blocked))
-            blocked.missing[self._token] = blocked.missing.get(self._token, _NOTHING) | candidate.missing
+            blocked.missing[self._gate] = blocked.missing.get(self._gate, _NOTHING) | candidate.missing
             attributes[method] = blocked
 
     def _unblock(self) -> None:
         while self._blocked:
             attributes, name, blocked = self._blocked[-1]
-            blocked.missing.pop(self._token, None)
+            blocked.missing.pop(self._gate, None)
             if not blocked.missing and attributes.get(name) is blocked:  # not what somebody else has put there since
                 if blocked.before is _MISSING:
                     del attributes[name]
@@ -137,7 +167,7 @@ def _candidates(owner: type, calls: CallTable, away: Set[StateKind]) -> list[_Ca
     lookup = getattr(owner, "__getattr__", None)
     may_delegate = lookup is not None and lookup is not torch.nn.Module.__getattr__  # that one finds no methods
     return [
-        _Candidate(method, kinds & away, hasattr(owner, method) or method == "__deepcopy__", may_delegate)
+        _Candidate(method, kinds & away, getattr(owner, method, None) is not None or method == _DEEPCOPY, may_delegate)
         for method, kinds in calls.items()
         if kinds & away
     ]
@@ -147,24 +177,29 @@ _NOTHING: frozenset[StateKind] = frozenset()
 
 
 class Blocked:
-    """Stands where a method was; calling it raises.
+    """Stands where a method was; calling it raises, or waits if what it needs is on its way back.
 
     Attributes:
         before: the instance's own attribute of that name, which comes back at the end.
-        missing: the kinds that are away, by the token of the guard that blocks.
+        missing: the kinds that are away, by the gate of the guard that blocks.
     """
 
     __slots__ = ("_method", "_owner", "before", "missing")
 
-    def __init__(self, owner: str, method: str, before: object) -> None:
+    def __init__(self, owner: object, method: str, before: object) -> None:
         self._owner = owner
         self._method = method
         self.before = before
-        self.missing: dict[object, frozenset[StateKind]] = {}
+        self.missing: dict[_Gate, frozenset[StateKind]] = {}
 
-    def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
-        what = f"{_READABLE.get(self._method, self._method)} of {self._owner}"
-        _refuse(what, _NOTHING.union(*self.missing.values()))
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        errors = [gate.wait() for gate in list(self.missing)]
+        if not self.missing:  # all has arrived, and the method stands where it did
+            if self._method == _DEEPCOPY:  # which few have themselves
+                return copy.deepcopy(self._owner, *args)
+            return getattr(self._owner, self._method)(*args, **kwargs)
+        what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
+        return _refuse(what, _NOTHING.union(*self.missing.values()), next(filter(None, errors), None))
 
 
 class _BackwardWatch:
@@ -174,8 +209,8 @@ class _BackwardWatch:
     can be loaded where megastow is not installed.
     """
 
-    def __init__(self, away: Set[StateKind]) -> None:
-        self._away = away
+    def __init__(self, gate: _Gate) -> None:
+        self._gate = gate
 
     def __call__(self, _module: torch.nn.Module, _inputs: object, output: object) -> None:
         for tensor in _tensors(output):
@@ -186,12 +221,14 @@ class _BackwardWatch:
         return getattr, (contextlib.nullcontext(), "__exit__")  # takes anything, returns None
 
     def _on_gradient(self, _gradient: torch.Tensor) -> None:
-        missing = self._away & _BACKWARD_KINDS
-        if missing:
-            _refuse("backward", missing)
+        if self._gate.away & _BACKWARD_KINDS:
+            error = self._gate.wait()
+            if missing := self._gate.away & _BACKWARD_KINDS:
+                _refuse("backward", missing, error)
 
 
-COPY_METHODS = ("__deepcopy__", "__reduce_ex__")
+_DEEPCOPY = "__deepcopy__"
+COPY_METHODS = (_DEEPCOPY, "__reduce_ex__")
 """Where `copy.deepcopy`, `pickle` and `torch.save` enter an object."""
 
 
@@ -221,13 +258,13 @@ _READABLE = {
 }
 
 
-def _refuse(what: str, missing: Collection[StateKind]) -> NoReturn:
+def _refuse(what: str, missing: Collection[StateKind], cause: BaseException | None) -> NoReturn:
     kinds = [k for k in StateKind if k in missing]
     arguments = ", ".join(repr(k.value) for k in kinds)
     raise OffloadedError(
         f"{what} needs {', '.join(kinds)}, which is offloaded. "
         f"Call manager.onload({arguments}) first, or leave the `with manager.offloaded()` block"
-    )
+    ) from cause
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -6,10 +6,10 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -18,8 +18,9 @@ from megastow.device import device_for
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
 from megastow.errors import InvalidArgumentError, InvalidTypeError, ManagerClosedError
 from megastow.guard import Guard
+from megastow.handle import TransferHandle
 from megastow.registry import choose_adapter
-from megastow.report import Direction, KindReport, TransferReport
+from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kinds
 from megastow.transport import DEFAULT_CHUNK_BYTES
 
@@ -118,9 +119,10 @@ def create_trainer_memory_manager(
 class MemoryManager:
     """Moves one trainer's state between the device and host memory.
 
-    All methods are blocking and synchronise with the device; calls from several threads are served one after the
-    other. A kind is resident, offloaded, or on its way (see `Residency`). While a kind is away, calls that would touch
-    it raise `OffloadedError`.
+    Moves block and synchronise with the device, unless they are asked not to (`non_blocking=True`); calls from several
+    threads are served one after the other, and wait for a move in the background. A kind is resident, offloaded, or on
+    its way (see `Residency`). While a kind is away, calls that would touch it raise `OffloadedError`; while it is on
+    its way back, they wait for it.
 
     Host memory: as much as the kinds offloaded so far held on the device (gradient buffers take none), allocated and
     page-locked at the first offload or by `prepare`, and kept until `close`.
@@ -139,6 +141,7 @@ class MemoryManager:
         self._guard = Guard()
         self._lock = threading.RLock()
         self._preparing: Future[int] | None = None
+        self._pending: Future[TransferReport] | None = None
         self._closed = False
         self._engine.find(trainer.inventory(), ALL_KINDS)  # refuse now what could not be moved later
         self._guard.watch_backward(trainer.entrances())
@@ -165,14 +168,43 @@ class MemoryManager:
 
     # --- moves ---------------------------------------------------------------------------------------------------
 
-    def offload(self, *kinds: KindLike, keep_grads: bool = False) -> TransferReport:
+    @overload
+    def offload(
+        self,
+        *kinds: KindLike,
+        keep_grads: bool = False,
+        release_workspaces: bool = False,
+        non_blocking: Literal[False] = False,
+    ) -> TransferReport: ...
+
+    @overload
+    def offload(
+        self,
+        *kinds: KindLike,
+        keep_grads: bool = False,
+        release_workspaces: bool = False,
+        non_blocking: Literal[True],
+    ) -> TransferHandle: ...
+
+    def offload(
+        self,
+        *kinds: KindLike,
+        keep_grads: bool = False,
+        release_workspaces: bool = False,
+        non_blocking: bool = False,
+    ) -> TransferReport | TransferHandle:
         """Copy kinds to host memory and release their device memory; all kinds if none is named.
 
-        Extra device memory: at most one bucket, at the first offload. All kinds of a call move, or none.
+        Extra device memory: at most one bucket, at the first offload. All kinds of a call move, or none. Memory goes
+        back to torch's allocator storage by storage, as copies arrive, and to the driver at the end.
 
         Args:
             *kinds: `StateKind`s or their names.
             keep_grads: copy gradient buffers as well, to go on in the middle of an accumulation.
+            release_workspaces: also drop what Megatron, Transformer Engine and cuBLAS keep on the device for reuse;
+                the next step makes it anew.
+            non_blocking: return at once, and move in a thread of its own. The kinds are guarded from the return on.
+                Errors are raised by the handle's `wait`, and logged.
 
         Raises:
             HostMemoryError: host memory does not suffice; nothing was moved.
@@ -181,19 +213,34 @@ class MemoryManager:
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
-        with self._moving("offload", wanted) as move:
-            moving = [k for k in wanted if self._engine.residency(k) is Residency.RESIDENT]
+
+        def act(move: _Move) -> None:
+            moving = [k for k in wanted if not self._engine.is_away(k)]
             if moving:
                 self._finish_preparing()
                 self._trainer.quiesce(moving, keep_grads=keep_grads)
+            if release_workspaces:
+                move.notes.append(self._release_workspaces())
             move.kinds.update(self._engine.offload(self._trainer.inventory, wanted, keep_grads=keep_grads))
-        return move.report()
 
-    def onload(self, *kinds: KindLike) -> TransferReport:
+        return self._run("offload", wanted, act, non_blocking)
+
+    @overload
+    def onload(self, *kinds: KindLike, non_blocking: Literal[False] = False) -> TransferReport: ...
+
+    @overload
+    def onload(self, *kinds: KindLike, non_blocking: Literal[True]) -> TransferHandle: ...
+
+    def onload(self, *kinds: KindLike, non_blocking: bool = False) -> TransferReport | TransferHandle:
         """Bring kinds back to the device, bit for bit; all kinds if none is named.
 
         Gradient buffers come back zeroed, unless they were kept. Needs as much free device memory as was released. All
         kinds of a call move, or none.
+
+        Args:
+            *kinds: `StateKind`s or their names.
+            non_blocking: return at once, and move in a thread of its own. Calls that touch the kinds meanwhile wait
+                until all of the move has arrived. Errors are raised by the handle's `wait`, and logged.
 
         Raises:
             DeviceMemoryError: not enough free device memory; everything is still safe on the host.
@@ -201,11 +248,13 @@ class MemoryManager:
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
-        with self._moving("onload", wanted) as move:
+
+        def act(move: _Move) -> None:
             reports, notes = self._engine.onload(wanted)
             move.kinds.update(reports)
             move.notes.extend(notes)
-        return move.report()
+
+        return self._run("onload", wanted, act, non_blocking)
 
     @contextlib.contextmanager
     def offloaded(self, *kinds: KindLike, keep_grads: bool = False) -> Iterator[TransferReport]:
@@ -240,7 +289,7 @@ class MemoryManager:
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
-        with self._lock:
+        with self._exclusive():
             self._check_open()
             self._finish_preparing()
             # Only sizes go to the thread: tensors in its hands would outlive the step that drops them.
@@ -269,7 +318,7 @@ class MemoryManager:
         Raises:
             DeviceMemoryError: what is offloaded does not fit back; the manager stays open and nothing is lost.
         """
-        with self._lock:
+        with self._exclusive():
             if self._closed:
                 return
             self._finish_preparing()
@@ -324,30 +373,93 @@ class MemoryManager:
     # --- inside --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _moving(self, direction: Direction, kinds: Sequence[StateKind]) -> Iterator[_Move]:
-        """What every move has around it: the lock, the guard brought in line with the truth, the report."""
-        with self._lock:
+    def _exclusive(self) -> Iterator[None]:
+        """One call at a time, and none while a move is under way in the background."""
+        while True:
+            with self._lock:
+                pending = self._pending
+                if pending is None or pending.done():
+                    self._pending = None
+                    yield
+                    return
+            pending.exception()  # not within the lock, which the move takes
+
+    def _run(
+        self, direction: Direction, wanted: Sequence[StateKind], act: Callable[[_Move], None], non_blocking: bool
+    ) -> TransferReport | TransferHandle:
+        """Make a move, here or in a thread of its own."""
+        with self._exclusive():
             self._check_open()
             move = _Move(direction, self._device.memory())
+            return self._start(move, wanted, act) if non_blocking else self._make(move, wanted, act)
+
+    def _make(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferReport:
+        """What every move has around it: the guard brought in line with the truth, the report."""
+        try:
             try:
-                try:
-                    yield move
-                finally:
-                    self._settle()
-            except BaseException:  # what interrupted may have been the settling; state without its guard would crash
+                act(move)
+            finally:
                 self._settle()
-                raise
-            move.finish(self._device.memory())
-            for kind in kinds:
-                if not move.kinds[kind].moved:
-                    move.notes.append(f"{kind} was {self.residency(kind)} already")
-            logger.info("%s", move.report())
+        except BaseException:  # what interrupted may have been the settling; state without its guard would crash
+            self._settle()
+            raise
+        move.finish(self._device.memory())
+        for kind in wanted:
+            if not move.kinds[kind].moved:
+                move.notes.append(f"{kind} was {self.residency(kind)} already")
+        report = move.report()
+        logger.info("%s", report)
+        return report
+
+    def _start(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferHandle:
+        """Guard what is about to move, and make the move in a thread."""
+        is_offload = move.direction == "offload"
+        going = [kind for kind in wanted if self._engine.is_away(kind) is not is_offload]
+        pending: Future[TransferReport] = Future()
+        enter = self._device.as_here()
+
+        def work() -> None:
+            try:
+                with self._lock, enter():
+                    report = self._make(move, wanted, act)
+            except BaseException as error:
+                logger.warning("%s in the background failed: %s", move.direction, error)
+                pending.set_exception(error)
+            else:
+                pending.set_result(report)
+
+        try:
+            self._engine.announce(going, Residency.OFFLOADING if is_offload else Residency.ONLOADING)
+            self._guard_what_is_away(arriving=None if is_offload else pending)
+            self._pending = pending
+            threading.Thread(target=work, name=f"megastow-{move.direction}").start()
+        except BaseException:
+            self._pending = None
+            self._settle()
+            raise
+        return TransferHandle(pending)
 
     def _settle(self) -> None:
         """Bring the guard in line with where things are. Doing it again is fine."""
         self._engine.settle()
+        self._guard_what_is_away()
+
+    def _guard_what_is_away(self, arriving: Future[TransferReport] | None = None) -> None:
         away = frozenset(k for k in ALL_KINDS if self._engine.residency(k) is not Residency.RESIDENT)
-        self._guard.update(away, self._trainer.guarded_calls)
+        self._guard.update(away, self._trainer.guarded_calls, arriving)
+
+    def _release_workspaces(self) -> str:
+        """Drop what is kept on the device for reuse; a note for the report."""
+        before = self._device.memory().allocated_bytes
+        names = []
+        for name, clear in self._trainer.workspaces():
+            clear()
+            names.append(name)
+        self._device.release_workspaces()
+        self._device.release_cached()
+        after = self._device.memory().allocated_bytes
+        size = "" if before is None or after is None else f": {format_bytes(before - after)}"
+        return f"workspaces released ({', '.join([*names, 'those of torch'])}){size}"
 
     def _finish_preparing(self) -> None:
         """Wait for a preparation under way; what failed it fails the move that needs the memory, if it still does."""

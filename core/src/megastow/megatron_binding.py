@@ -6,14 +6,22 @@ optimizers keep, and gradients outside the buffers. Only the first differs betwe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from megastow import collect
 from megastow.guard import CallTable, GuardedCalls, call_table, module_calls
-from megastow.megatron_parts import add_dispatchers, add_optimizer, leaves, nested, optimizer_calls, unwrap
+from megastow.megatron_parts import (
+    add_dispatchers,
+    add_optimizer,
+    leaves,
+    nested,
+    optimizer_calls,
+    unwrap,
+    workspaces,
+)
 from megastow.state import Inventory, StateKind
 
 
@@ -88,6 +96,10 @@ class MegatronBinding:
             yield GuardedCalls(chunk, self.chunk_calls)
         yield from self.buffer_calls()
         yield from optimizer_calls(self._optimizer)
+
+    def workspaces(self) -> Iterable[tuple[str, Callable[[], object]]]:
+        """See `megatron_parts.workspaces`."""
+        return workspaces()
 
     def entrances(self) -> Sequence[torch.nn.Module]:
         """The modules inside the wrappers: whoever calls whichever wrapper gets there."""

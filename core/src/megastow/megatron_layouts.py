@@ -70,10 +70,12 @@ def _captured_graphs(module: torch.nn.Module) -> str | None:
     found = []
     for attributes in (vars(module), module._modules):  # a manager may be an attribute or a registered submodule
         for name, value in attributes.items():
-            if "cudagraph_manager" in name and any(map(_is_captured, getattr(value, "cudagraph_runners", ()))):
+            if "cudagraph_manager" in name:
+                has_captured = any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
+            else:
+                has_captured = name == "cuda_graphs" and bool(value)
+            if has_captured:
                 found.append(name)
-    if getattr(module, "cuda_graphs", None):
-        found.append("cuda_graphs")
     return " and ".join(found) or None
 
 

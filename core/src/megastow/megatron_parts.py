@@ -6,8 +6,10 @@ about its generation.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,6 +175,29 @@ _OPTIMIZER_CALLS = call_table(
     ((_W, _M, _S), "load_parameter_state_from_fs_bucket_space load_parameter_state_from_dp_zero_legacy"),
     ((_W, _M, _S), "load_parameter_state_from_dp_reshardable load_parameter_state_from_fully_reshardable"),
 )
+
+
+# --- workspaces -------------------------------------------------------------------------------------------------------
+
+
+def workspaces() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What Megatron and Transformer Engine keep in this process for reuse, and what drops it.
+
+    Megatron's global memory buffer (megatron/core/parallel_state.py, 0.2 to 0.19; `GlobalMemoryBuffer` asks for each
+    entry whether it is there). Transformer Engine's dummy gradients and cuBLAS workspaces (pytorch/module/base.py of
+    1.0 to 2.9, read and not run): filled when they are next asked for.
+    """
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    buffer = getattr(getattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", None), "buffer", None)
+    if buffer:
+        yield "Megatron's global memory buffer", buffer.clear
+    engine = sys.modules.get("transformer_engine.pytorch.module.base")
+    for name in ("_dummy_wgrads", "_multi_stream_cublas_workspace"):
+        kept = getattr(engine, name, None)
+        if kept:
+            yield f"Transformer Engine's {name}", kept.clear
+    if getattr(engine, "_cublas_workspace", None) is not None:
+        yield "Transformer Engine's _cublas_workspace", partial(setattr, engine, "_cublas_workspace", None)
 
 
 # --- work in flight ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -112,6 +112,10 @@ class PlainBinding:
         yield from module_calls(module for _, module in collect.named_modules(self._model))
         if self._optimizer is not None:
             yield GuardedCalls(self._optimizer, TORCH_OPTIMIZER_CALLS)
+
+    def workspaces(self) -> Iterable[tuple[str, Callable[[], object]]]:
+        """None but torch's own."""
+        return ()
 
     def entrances(self) -> Sequence[torch.nn.Module]:
         """The modules themselves."""

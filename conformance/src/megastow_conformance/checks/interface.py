@@ -9,7 +9,7 @@ import torch
 from megastow import InvalidArgumentError, Residency, create_trainer_memory_manager
 from megastow_conformance import oracle, toy_model
 from megastow_conformance.case import Case
-from megastow_conformance.checks.common import KINDS, cycle, need_megastow, trained
+from megastow_conformance.checks.common import KINDS, away, cycle, need_megastow, trained
 
 
 def classic(case: Case) -> None:
@@ -82,3 +82,16 @@ def prepared(case: Case) -> None:
     assert ready == manager.host_bytes, f"{ready} bytes were prepared, {manager.host_bytes} are held after the offload"
     assert report.host_bytes <= ready
     manager.onload()
+
+
+def prepared_while_away(case: Case) -> None:
+    """Making host memory ready leaves alone what is kept there of kinds that are away."""
+    trainer = trained(case)
+    manager = case.manager(trainer)
+    need_megastow(case, manager, "preparing is megastow's own")
+    cycle(case, manager, trainer)
+    before = oracle.snapshot(trainer.named_state())
+    for kind in KINDS:
+        with away(case, manager, trainer, kind):
+            manager.prepare(wait=True)
+        oracle.assert_same(before, oracle.snapshot(trainer.named_state()), f"prepared while {kind} was away")

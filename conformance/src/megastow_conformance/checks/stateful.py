@@ -107,19 +107,30 @@ class _Walk(RuleBasedStateMachine):
             self._step(None)
         self.manager = self.case.manager(self.trainer)
 
-    @rule(kinds=_subsets)
-    def offload(self, kinds: list[str]) -> None:
-        self._do(f"offload {kinds}", partial(self._offload, kinds))
+    @rule(kinds=_subsets, in_background=st.booleans())
+    def offload(self, kinds: list[str], in_background: bool) -> None:
+        what = f"offload {kinds}{' in the background' * in_background}"
+        self._do(what, partial(self._offload, kinds, in_background))
 
-    def _offload(self, kinds: list[str]) -> None:
+    def _offload(self, kinds: list[str], in_background: bool) -> None:
         sizes = [t.untyped_storage().nbytes() for t in self._live(self.trainer).values()]
-        self.manager.offload(*kinds)
+        if in_background:
+            self.manager.offload(*kinds, non_blocking=True).wait()
+        else:
+            self.manager.offload(*kinds)
         self.away |= set(kinds)
         self.garbage = oracle.Garbage(sizes, self.case.device)
 
-    @rule(kinds=_subsets)
-    def onload(self, kinds: list[str]) -> None:
-        self._do(f"onload {kinds}", partial(self.manager.onload, *kinds))
+    @rule(kinds=_subsets, in_background=st.booleans())
+    def onload(self, kinds: list[str], in_background: bool) -> None:
+        what = f"onload {kinds}{' in the background' * in_background}"
+        self._do(what, partial(self._onload, kinds, in_background))
+
+    def _onload(self, kinds: list[str], in_background: bool) -> None:
+        if in_background:
+            self.manager.onload(*kinds, non_blocking=True).wait()
+        else:
+            self.manager.onload(*kinds)
         self.away -= set(kinds)
 
     @precondition(lambda self: not self.away)

@@ -77,6 +77,18 @@ def training_through_faults(case: Case) -> None:
     assert struck, "no fault struck"
 
 
+def training_in_background(case: Case) -> None:
+    """Everything goes out and back in the background; the next step begins at once, and waits by itself."""
+
+    def move(manager: Any, trainer: Trainer, point: Point) -> None:
+        need_megastow(case, manager, "moves in the background are megastow's own")
+        if point is Point.AFTER_ZERO_GRAD:
+            manager.offload(non_blocking=True)
+            manager.onload(non_blocking=True)
+
+    _compare_run(case, move)
+
+
 def _run_with_moves(case: Case, points: set[Point], *, keep_grads: bool) -> None:
     def move(manager: Any, trainer: Trainer, point: Point) -> None:
         if point in points:
@@ -102,6 +114,7 @@ def _compare_run(case: Case, move: Any) -> None:
         assert records[-1] == expected.records[index], (
             f"step {index} was {records[-1]}, undisturbed it was {expected.records[index]}"
         )
+    manager.onload()
     assert moves >= STEPS * (len(Point) - 1), f"only {moves} points were reached"
     if case.scenario.initial_loss_scale is not None:
         assert [record.updated for record in records].count(False) == 1, "the loss scaler was to overflow once"

@@ -19,9 +19,10 @@ _HOOK_ATTRIBUTE = "_post_accumulate_grad_hooks"
 class _AfterWeights(MemoryManager):
     """Does something to the parameters whenever weights have come back."""
 
-    def onload(self, *kinds: KindLike) -> TransferReport:
-        report = super().onload(*kinds)
-        if (entry := report.kinds.get(StateKind.WEIGHTS)) is not None and entry.moved:
+    def _make(self, move: Any, *details: Any) -> TransferReport:
+        report = super()._make(move, *details)
+        entry = report.kinds.get(StateKind.WEIGHTS)
+        if report.direction == "onload" and entry is not None and entry.moved:
             chunks: list[Any] = self._trainer._model  # type: ignore[attr-defined]
             self.spoil(chunks, [p for chunk in chunks for p in chunk.parameters() if p.requires_grad])
         return report
@@ -143,15 +144,12 @@ class ZeroesNothing(MemoryManager):
 
     _dropped = False
 
-    def offload(self, *kinds: KindLike, keep_grads: bool = False) -> TransferReport:
-        report = super().offload(*kinds, keep_grads=keep_grads)
+    def _make(self, move: Any, *details: Any) -> TransferReport:
+        report = super()._make(move, *details)
         grads = report.kinds.get(StateKind.GRAD_BUFFERS)
-        self._dropped |= grads is not None and grads.moved and not keep_grads
-        return report
-
-    def onload(self, *kinds: KindLike) -> TransferReport:
-        report = super().onload(*kinds)
-        if self._dropped and self.residency(StateKind.GRAD_BUFFERS) is Residency.RESIDENT:
+        if report.direction == "offload":
+            self._dropped |= grads is not None and grads.moved and not grads.host_bytes
+        elif self._dropped and self.residency(StateKind.GRAD_BUFFERS) is Residency.RESIDENT:
             self._dropped = False
             for group in self._trainer.inventory().groups:
                 for _, tensor in group.tensors if group.kind is StateKind.GRAD_BUFFERS else ():
@@ -166,11 +164,10 @@ class SwallowsFaults(MemoryManager):
     Stands for `except Exception: logger.warning(...)` around the whole of an offload.
     """
 
-    def offload(self, *kinds: KindLike, keep_grads: bool = False) -> TransferReport:
-        with contextlib.suppress(TransferError):
-            return super().offload(*kinds, keep_grads=keep_grads)
-        memory = self._device.memory()
-        return TransferReport("offload", {}, 0.0, memory, memory)
+    def _make(self, move: Any, *details: Any) -> TransferReport:
+        with contextlib.suppress(*[TransferError] if move.direction == "offload" else []):
+            return super()._make(move, *details)
+        return TransferReport(move.direction, {}, 0.0, *2 * (self._device.memory(),))
 
 
 @breaks("order")

@@ -40,6 +40,10 @@ def test_training_through_faults(conformance: Conformance) -> None:
     conformance.run(training.training_through_faults)
 
 
+def test_training_in_background(conformance: Conformance) -> None:
+    conformance.run(training.training_in_background)
+
+
 @pytest.mark.megastow(needs={"restore"})
 def test_training_resumed(conformance: Conformance) -> None:
     conformance.run(training.training_resumed)
@@ -143,3 +147,7 @@ def test_order_by_classic_names(conformance: Conformance) -> None:
 
 def test_host_prepared(conformance: Conformance) -> None:
     conformance.run(interface.prepared)
+
+
+def test_order_of_preparations(conformance: Conformance) -> None:
+    conformance.run(interface.prepared_while_away)

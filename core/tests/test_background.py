@@ -1,0 +1,370 @@
+"""Moves in the background: what holds while one is under way, what it ends in, and that nobody waits for ever."""
+
+import copy
+import itertools
+import logging
+import random
+import sys
+import textwrap
+import threading
+import types
+
+import pytest
+import torch
+from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, raw, run_python, snapshot
+
+from megastow import OffloadedError, Residency, TransferError, create_memory_manager, faults
+from megastow.transport import Transport
+
+SECONDS = 30.0
+
+
+class Gate:
+    """Stops the copies of one direction at a given storage until it is opened."""
+
+    def __init__(self, monkeypatch, method, after=0):
+        self.reached, self._open = threading.Event(), threading.Event()
+        original, number = getattr(Transport, method), itertools.count()
+
+        def held(transport, *arguments):
+            if next(number) == after:
+                self.reached.set()
+                assert self._open.wait(SECONDS), "nobody opened the gate"
+            original(transport, *arguments)
+
+        monkeypatch.setattr(Transport, method, held)
+
+    def wait(self):
+        assert self.reached.wait(SECONDS), "no copy came"
+
+    def open(self):
+        self._open.set()
+
+
+def make(trainer, **sizes):
+    return create_memory_manager(trainer.model, trainer.optimizer, **sizes)
+
+
+@pytest.fixture
+def manager(trainer):
+    made = make(trainer, bucket_bytes=2048, chunk_bytes=100)
+    yield made
+    made.close(discard=True)
+
+
+def test_a_cycle_in_the_background_is_a_cycle(trainer, manager):
+    before = snapshot(trainer.tensors())
+    for _ in range(3):
+        out = manager.offload(keep_grads=True, non_blocking=True)
+        report = out.wait(SECONDS)
+        assert out.done()
+        assert (report.direction, report.device_bytes) == ("offload", out.wait().device_bytes)
+        assert device_bytes(moved(trainer.tensors())) == 0
+        assert manager.onload(non_blocking=True).wait(SECONDS).device_bytes == report.device_bytes
+        assert_same(before, snapshot(trainer.tensors()))
+
+
+def test_training_goes_on_as_if_nothing_had_happened():
+    trainer, twin = Trainer(), Trainer()
+    manager = make(trainer)
+    for _ in range(5):
+        manager.offload(non_blocking=True)
+        manager.onload(non_blocking=True)
+        assert torch.equal(raw(trainer.step()), raw(twin.step()))  # its first call waits
+    assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
+
+
+def test_the_call_returns_at_once_and_uses_are_refused(trainer, manager, monkeypatch):
+    gate = Gate(monkeypatch, "copy_out")
+    handle = manager.offload("weights", "optimizer_states", non_blocking=True)
+    assert not handle.done()
+    assert {kind: manager.residency(kind) for kind in KINDS} == {
+        "weights": Residency.OFFLOADING,
+        "main_weights": Residency.RESIDENT,
+        "optimizer_states": Residency.OFFLOADING,
+        "grad_buffers": Residency.RESIDENT,
+    }
+    with pytest.raises(OffloadedError, match="weights"):
+        trainer.model(torch.zeros(1, dtype=torch.long))
+    with pytest.raises(OffloadedError):
+        trainer.optimizer.step()
+    with pytest.raises(TimeoutError, match="still under way"):
+        handle.wait(0.01)
+    gate.open()
+    handle.wait(SECONDS)
+    assert manager.residency("weights") is Residency.OFFLOADED
+    with pytest.raises(OffloadedError):
+        trainer.model(torch.zeros(1, dtype=torch.long))
+
+
+def test_storages_are_released_one_by_one(trainer, manager, monkeypatch):
+    released = []
+
+    class Arrival:
+        def wait(self):
+            released.append(device_bytes(moved(trainer.tensors(KINDS[:3]))))
+
+    monkeypatch.setattr(type(manager._device), "arrival", lambda device: Arrival())
+    manager.offload(*KINDS[:3])
+    assert len(released) > 3
+    assert released == sorted(released, reverse=True)
+    assert len(set(released)) == len(released)
+
+
+USES = {
+    "a call": lambda trainer: raw(trainer.model(torch.zeros(1, 2, dtype=torch.long))),
+    "a submodule": lambda trainer: raw(trainer.model.norm(torch.ones(16, dtype=torch.bfloat16))),
+    "state_dict": lambda trainer: raw(trainer.model.state_dict()["odd"]),
+    "deepcopy": lambda trainer: raw(copy.deepcopy(trainer.model).embed.weight),
+    "step": lambda trainer: trainer.optimizer.step() or raw(trainer.main[0]),
+    "moments": lambda trainer: raw(trainer.optimizer.state_dict()["state"][0]["exp_avg"]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_use_waits_for_what_is_on_its_way_back(trainer, use, monkeypatch):
+    twin = Trainer()
+    twin.step()
+    twin.step()
+    expected = USES[use](twin)
+    manager = make(trainer)
+    manager.offload(keep_grads=True)
+    gate = Gate(monkeypatch, "copy_in", after=1)
+    handle = manager.onload(non_blocking=True)
+    gate.wait()
+    assert manager.residency("weights") is Residency.ONLOADING
+    found = []
+    thread = threading.Thread(target=lambda: found.append(USES[use](trainer)))
+    thread.start()
+    thread.join(0.2)
+    assert not found, "the use did not wait"
+    gate.open()
+    thread.join(SECONDS)
+    assert torch.equal(found[0], expected)
+    assert handle.done()
+    manager.close()
+
+
+def test_a_compiled_module_waits_too(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model.compile(backend="eager")
+    expected = raw(model(torch.ones(1, 2)))
+    copied = copy.deepcopy(model)  # has the attribute of a compiled module, set to None
+    for each in (model, copied):
+        with create_memory_manager(each) as manager:
+            manager.offload()
+            manager.onload(non_blocking=True)
+            assert torch.equal(raw(each(torch.ones(1, 2))), expected)
+
+
+def test_a_backward_pass_waits_for_what_is_on_its_way_back(trainer, monkeypatch):
+    twin = Trainer()
+    for each in (trainer, twin):
+        for _ in range(2 if each is twin else 0):
+            each.step()
+    manager = make(trainer)
+    loss, other = trainer.forward(), twin.forward()
+    manager.offload("weights", "grad_buffers", keep_grads=True)
+    gate = Gate(monkeypatch, "copy_in")
+    manager.onload(non_blocking=True)
+    gate.wait()
+    threading.Timer(0.2, gate.open).start()
+    assert torch.equal(raw(trainer.backward(loss)), raw(twin.backward(other)))
+    manager.close()
+    trainer.update()
+    twin.update()
+    assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
+
+
+def test_only_what_has_arrived_may_be_used(trainer, manager):
+    """An onload of some kinds brings those back; a call that needs others still raises."""
+    manager.offload()
+    manager.onload("weights", non_blocking=True)
+    with pytest.raises(OffloadedError, match="main_weights, optimizer_states"):
+        trainer.optimizer.step()
+    trainer.model(torch.zeros(1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("point", ["offload.chunk", "offload.confirm", "offload.release", "offload.drop"])
+def test_a_failed_offload_is_undone_and_told(trainer, manager, point, caplog):
+    before = snapshot(trainer.tensors())
+    with (
+        faults.inject(point, lambda: RuntimeError("cable pulled"), after=0 if point.endswith("drop") else 2),
+        caplog.at_level(logging.WARNING),
+    ):
+        handle = manager.offload(non_blocking=True)
+        with pytest.raises(TransferError, match="cable pulled"):
+            handle.wait(SECONDS)
+    assert handle.done()
+    assert "offload in the background failed" in caplog.text
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.RESIDENT}
+    assert_same(before, snapshot(trainer.tensors()))
+    trainer.model(torch.zeros(1, dtype=torch.long))
+    manager.offload(non_blocking=True).wait(SECONDS)
+
+
+def test_a_failed_onload_is_undone_and_who_waited_for_it_is_told_why(trainer, manager, monkeypatch):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    manager.offload()
+    gate = Gate(monkeypatch, "copy_in")
+    with faults.inject("onload.confirm", lambda: RuntimeError("cable pulled")):
+        handle = manager.onload(non_blocking=True)
+        gate.wait()
+        threading.Timer(0.1, gate.open).start()
+        with pytest.raises(OffloadedError, match="weights") as refused:
+            trainer.model(torch.zeros(1, dtype=torch.long))
+    assert "cable pulled" in str(refused.value.__cause__)
+    with pytest.raises(TransferError, match="cable pulled"):
+        handle.wait()
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.OFFLOADED}
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_a_fault_between_two_releases_refills_what_is_gone(trainer, manager):
+    """Also where the memory has been taken meanwhile: then all counts as offloaded, and nothing is lost."""
+    before = snapshot(trainer.tensors())
+    for number in range(4):
+        with faults.inject("offload.release", lambda: RuntimeError("no"), after=number), pytest.raises(TransferError):
+            manager.offload(keep_grads=True)
+        assert_same(before, snapshot(trainer.tensors()))
+    with (
+        faults.inject("offload.release", lambda: RuntimeError("no"), after=2),
+        faults.inject("onload.reserve", lambda: RuntimeError("taken")),
+        pytest.raises(TransferError, match="taken"),
+    ):
+        manager.offload(keep_grads=True)
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.OFFLOADED}
+    with pytest.raises(OffloadedError):
+        trainer.optimizer.step()
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+
+
+def test_the_next_call_waits_for_the_move_before(trainer, manager, monkeypatch):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    gate = Gate(monkeypatch, "copy_out")
+    first = manager.offload(non_blocking=True)
+    gate.wait()
+    threading.Timer(0.1, gate.open).start()
+    report = manager.onload()
+    assert first.done()
+    assert report.device_bytes == first.wait().device_bytes
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_what_is_there_already_is_done_at_once(manager):
+    report = manager.onload("weights", non_blocking=True).wait(SECONDS)
+    assert not report.kinds["weights"].moved
+    assert "weights was resident already" in str(report)
+
+
+def test_close_waits(trainer, monkeypatch):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    manager = make(trainer)
+    gate = Gate(monkeypatch, "copy_out")
+    handle = manager.offload(non_blocking=True)
+    threading.Timer(0.1, gate.open).start()
+    manager.close()
+    assert handle.done()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_a_thread_that_cannot_be_started_moves_nothing(trainer, manager, monkeypatch):
+    def cannot(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", cannot)
+    with pytest.raises(RuntimeError, match="can't start"):
+        manager.offload(non_blocking=True)
+    monkeypatch.undo()
+    assert manager.residency("weights") is Residency.RESIDENT
+    trainer.model(torch.zeros(1, dtype=torch.long))
+    manager.offload()
+
+
+def test_two_tenants_pass_each_other(monkeypatch):
+    trainers = [Trainer(seed) for seed in range(2)]
+    for trainer in trainers:
+        trainer.step()
+    before = [snapshot(trainer.tensors(KINDS[:3])) for trainer in trainers]
+    managers = [make(trainer, bucket_bytes=1) for trainer in trainers]
+    managers[1].offload()
+    for leaving, coming in ((0, 1), (1, 0), (0, 1)):
+        handles = [managers[leaving].offload(non_blocking=True), managers[coming].onload(non_blocking=True)]
+        for handle in handles:
+            handle.wait(SECONDS)
+        assert device_bytes(moved(trainers[leaving].tensors())) == 0
+        assert_same(before[coming], snapshot(trainers[coming].tensors(KINDS[:3])))
+    for manager in managers:
+        manager.close()
+
+
+def test_many_threads_on_one_manager(trainer, manager):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    errors = []
+
+    def move(seed):
+        choose = random.Random(seed)
+        try:
+            for _ in range(25):
+                kinds = choose.sample(KINDS, choose.randint(1, 4))
+                call = choose.choice([manager.offload, manager.onload])
+                result = call(*kinds, non_blocking=choose.random() < 0.5)
+                if hasattr(result, "wait") and choose.random() < 0.5:
+                    result.wait(SECONDS)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=move, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    assert not errors, errors
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_the_interpreter_ends_a_move_under_way_before_it_ends():
+    printed = run_python(
+        textwrap.dedent("""
+        import time
+        from core_toys import Trainer
+        from megastow import create_memory_manager
+        from megastow.transport import Transport
+        original = Transport.copy_out
+        Transport.copy_out = lambda *arguments: (time.sleep(0.05), original(*arguments))
+        trainer = Trainer()
+        trainer.step()
+        manager = create_memory_manager(trainer.model, trainer.optimizer)
+        manager.offload(non_blocking=True)
+        print("end of the script")
+        """)
+    )
+    assert printed == "end of the script\n"
+
+
+def test_workspaces_are_dropped_on_request_only(trainer, manager, monkeypatch):
+    buffer = {("mpu", torch.float32): torch.ones(1000)}
+    state = types.SimpleNamespace(_GLOBAL_MEMORY_BUFFER=types.SimpleNamespace(buffer=buffer))
+    base = types.SimpleNamespace(
+        _dummy_wgrads={"w": torch.ones(2)}, _multi_stream_cublas_workspace=[], _cublas_workspace=torch.ones(3)
+    )
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module.base", base)
+    from megastow.megatron_parts import workspaces
+
+    monkeypatch.setattr(type(manager._trainer), "workspaces", lambda self: workspaces())
+    manager.offload()
+    manager.onload()
+    assert buffer
+    report = manager.offload(release_workspaces=True)
+    assert not buffer
+    assert not base._dummy_wgrads
+    assert base._cublas_workspace is None
+    (note,) = [note for note in report.notes if "workspaces" in note]
+    assert "Megatron's global memory buffer" in note
+    assert "_cublas_workspace" in note
+    assert "_multi_stream" not in note  # it was empty
