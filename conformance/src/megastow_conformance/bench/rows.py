@@ -187,6 +187,7 @@ def prepared(session: Session) -> Iterator[Figure]:
         step = time.perf_counter() - start
         tenant.manager.prepare(wait=True)
         waited = time.perf_counter() - start - step
+        session.device.release_cached()  # the step's; a steady offload has none to give back either
         first = tenant.cycle().out
         steady_seconds = Spread.of(cycle.out for cycle in session.repeated(tenant.cycle))
         session.note(f"the step took {step:.3f} s, and preparing {waited:.3f} s longer")

@@ -70,9 +70,7 @@ class _Run:
         self._rows = rows
         self._time_limit = time_limit
         self._listener = listener
-        self._session = Session(
-            size, repeats, device_for(megatron_core.device()), rank=dist.get_rank(), world=dist.get_world_size()
-        )
+        self._session = Session(size, repeats, device_for(megatron_core.device()), world=dist.get_world_size())
 
     def run(self, command: str) -> BenchResult:
         """Runs everything, in order."""
@@ -204,6 +202,7 @@ def hardware(device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
+        found["cuda"] = torch.version.cuda
         found["device_bytes"] = properties.total_memory
         found["num_devices"] = torch.cuda.device_count()
     return found

@@ -13,6 +13,7 @@ import torch
 from megastow import MemoryFigures, MemoryManager, create_memory_manager
 from megastow.device import Device
 from megastow_conformance.bench.bits import StateCopy
+from megastow_conformance.bench.bounds import forget_page_locked
 from megastow_conformance.bench.result import Bound, Figure, Spread, Timeline
 from megastow_conformance.bench.sampling import Sampler
 from megastow_conformance.bench.subjects import ManyTensors, Subject, TrainerSubject, device_storages
@@ -101,6 +102,7 @@ class Tenant(Generic[S]):
             self._manager.close(discard=True)
             self._manager = None
         self.subject.close()
+        self._copy = StateCopy({})
 
 
 class Session:
@@ -110,7 +112,6 @@ class Session:
         size: The trainer's size.
         repeats: How often a steady thing is measured.
         device: The accelerator.
-        rank: This rank.
         world: Number of ranks.
         bounds: What the machine can do, by key.
         memory: Memory in use at named moments.
@@ -119,11 +120,10 @@ class Session:
             of which makes the buffers.
     """
 
-    def __init__(self, size: Size, repeats: int, device: Device, rank: int, world: int) -> None:
+    def __init__(self, size: Size, repeats: int, device: Device, world: int) -> None:
         self.size = size
         self.repeats = repeats
         self.device = device
-        self.rank = rank
         self.world = world
         self.bounds: dict[str, Bound] = {}
         self.memory: dict[str, MemoryFigures] = {}
@@ -191,6 +191,7 @@ class Session:
         finally:
             tenant.close()
             self.device.release_cached()
+            forget_page_locked()
 
     def _new_trainer(
         self, steps: int = STEPS, region: contextlib.AbstractContextManager[object] | None = None

@@ -38,6 +38,9 @@ def bench_table(result: BenchResult) -> RenderableType:
             if row.is_baseline is is_baseline:
                 _add_row(table, row, is_cuda=result.device == "cuda")
     notes = [Text(f"{row.id}: {'; '.join(row.notes)}", "dim") for row in first.rows if row.notes and row.figures]
+    memory = [f"{moment} {format_bytes(figures.driver_bytes)}" for moment, figures in first.memory.items()]
+    where = "device memory, by the driver" if result.device == "cuda" else "resident memory"
+    notes.append(Text(f"{where}: {', '.join(memory)}", "dim"))
     return Group(Text(), table, *notes, Text(_caption(result), "dim"), Text())
 
 
