@@ -247,6 +247,15 @@ def shown(result):
     return capture.get()
 
 
+def test_a_picture_needs_no_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from megastow.cli.bench_plot import draw
+
+    result = dataclasses.replace(result_of(row_of()), hardware={"processor": "one"})
+    draw(result.as_dict(), tmp_path / "picture")
+    assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
+
+
 def test_goals_are_shown_where_nothing_was_measured():
     text = shown(result_of(row_of(status=Status.NOT_AVAILABLE, notes=("offload() cannot do that",))))
     assert "≥ 0.950" in text

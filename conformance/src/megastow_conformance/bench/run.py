@@ -15,7 +15,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
+import torch.utils.deterministic
 
+import megastow
 from megastow import machine
 from megastow.device import device_for
 from megastow_conformance import megatron_core
@@ -76,17 +78,21 @@ class _Run:
         """Runs everything, in order."""
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         session = self._session
+        # Where deterministic algorithms are asked for, as on a GPU here, torch fills all memory that it hands out. That
+        # would be added to what others do with new buffers.
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False
         self._look_at_the_empty_device()
         self._measure_bounds()
         results = tuple(self._measure(row) for row in self._rows)
-        session.drop()
+        self._let_go()
         mine = RankResult(session.bounds, results, session.memory, session.timeline)
         return BenchResult(
             command=command,
             date=date,
             device=session.device.torch_device.type,
             hardware=hardware(session.device.torch_device),
-            versions=versions(),
+            versions={"megastow": megastow.__version__, **versions()},
             size=dataclasses.asdict(self._size),
             repeats=session.repeats,
             time_limit=self._time_limit,
@@ -134,7 +140,7 @@ class _Run:
         if failed and attempt.status is not Status.FAILED:
             attempt = _Attempt(Status.FAILED, reason="it failed on another rank")
         if failed or session.any_rank(bool(differences)):
-            session.drop()  # what it left behind is of no use to others
+            self._let_go()
         result = RowResult(
             id=row.id,
             title=row.title,
@@ -149,6 +155,13 @@ class _Run:
         )
         self._listener.end(_summary(result))
         return result
+
+    def _let_go(self) -> None:
+        """Drops what a row left behind. After a failure that may fail too, and what was measured must not be lost."""
+        try:
+            self._session.drop()
+        except Exception:
+            traceback.print_exc()
 
 
 @dataclass(frozen=True)

@@ -158,9 +158,9 @@ class Session:
 
     def drop(self) -> None:
         """Lets go of the trainer that is kept."""
-        if self._living is not None:
-            self._living.close()
-            self._living = None
+        living, self._living = self._living, None
+        if living is not None:
+            living.close()
         self.device.release_cached()
 
     @contextlib.contextmanager

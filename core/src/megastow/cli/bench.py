@@ -69,7 +69,10 @@ def _what_else_is_missing(settings: Settings) -> str | None:
     except ValueError as error:
         return str(error)
     if settings.plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-        return '--plot draws with matplotlib, which is missing: pip install "megastow[bench]"'
+        return (
+            '--plot draws with matplotlib, which is missing: pip install "megastow[bench]", or write --json FILE here '
+            "and draw it elsewhere (see benchmarks/README.md)"
+        )
     return None
 
 
@@ -109,7 +112,7 @@ def _run_rank(settings: Settings) -> int:
             if is_first and settings.plot_file is not None:
                 from megastow.cli.bench_plot import draw
 
-                draw(result, settings.plot_file)
+                draw(result.as_dict(), settings.plot_file)
                 console.print(f"drawn in {settings.plot_file}", markup=False, soft_wrap=True)
             console.print(bench_verdict(result), markup=False, soft_wrap=True)
             sys.stdout.flush()
