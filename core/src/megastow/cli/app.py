@@ -106,7 +106,7 @@ def bench(
     """Measure what this machine can do, what megastow makes of it, and what others do, as ratios within one run.
 
     On a GPU where there is one, else on the CPU, with the megatron-core that is on the import path. All bits are
-    compared after every move that is timed.
+    compared after every cycle that is timed.
 
     Exit status 0 if every bit was the same, 1 if anything differed, 3 if something could not be measured that should.
     """

@@ -80,7 +80,7 @@ def _figure_cells(figure: Figure, *, is_cuda: bool) -> list[str | Text]:
 def _caption(result: BenchResult) -> str:
     meaning = (
         "A ratio of speeds is bytes kept over the seconds of the whole call, from the call to the return with device "
-        "memory given back, over the bound; a bound is the best of its repeats. All bits were compared after each move."
+        "memory given back, over the bound; a bound is the best of its repeats. All bits are compared after a cycle."
     )
     if result.device == "cuda":
         return meaning
