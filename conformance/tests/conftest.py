@@ -1,9 +1,16 @@
 """Shared by the tests of the suite's machinery."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megastow.megatron import detect_megatron
+from megastow_conformance.plan import TREES_VARIABLE
+from megastow_conformance.rows import parse_trees
 
 # Worker processes import the small checks and the harness without Megatron by name.
 MACHINERY = Path(__file__).parent / "machinery"
@@ -96,5 +103,43 @@ def suite(pytester, monkeypatch, tmp_path):
             *chosen,
             *arguments,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def megatron_tree(pytestconfig):
+    """The folder that holds a megatron package."""
+    pairs = [pair for pair in os.environ.get(TREES_VARIABLE, "").split(os.pathsep) if pair]
+    trees = parse_trees([*pairs, *pytestconfig.getoption("--megastow-megatron")])
+    if trees:
+        return trees.get("mcore-0.16") or next(iter(trees.values()))
+    found = detect_megatron()
+    if found is None:
+        pytest.skip(f"no Megatron: set {TREES_VARIABLE}, or PYTHONPATH to a tree of megatron-core")
+    return found.path.parent
+
+
+@pytest.fixture
+def run_megastow(megatron_tree, tmp_path):
+    """Runs a command in a process of its own, on the CPU, and reads the JSON it wrote.
+
+    `meddle` is code that every interpreter with the folder on PYTHONPATH runs at its start, so all ranks too.
+    """
+
+    def run(command, *arguments, meddle=""):
+        (tmp_path / "sitecustomize.py").write_text(meddle)
+        paths = [str(tmp_path), str(megatron_tree), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        json_file = tmp_path / "outcome.json"
+        json_file.unlink(missing_ok=True)
+        line = [sys.executable, "-m", "megastow.cli", command, f"--json={json_file}", *arguments]
+        result = subprocess.run(line, check=False, capture_output=True, text=True, timeout=240, env=environment)
+        return result, json.loads(json_file.read_text()) if json_file.exists() else None
 
     return run

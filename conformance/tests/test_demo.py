@@ -1,24 +1,17 @@
 """The demo end to end, with the real Megatron: that it finds nothing where nothing is wrong, and what is wrong."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
 from megastow.cli.tables import verdict
-from megastow.megatron import detect_megatron
 from megastow_conformance import demo
 from megastow_conformance.demo_models import SIZES
 from megastow_conformance.demo_outcome import Comparison, Outcome, sort_of
-from megastow_conformance.plan import TREES_VARIABLE
-from megastow_conformance.rows import parse_trees
 
 SHORT = ("--rounds=1", "--steps=1")
 
-# Imported by every interpreter that has its folder on PYTHONPATH, so by the ranks of the demo too.
+# What every process of the demo runs at its start.
 MEDDLE = """
 import os, time
 import megastow
@@ -53,35 +46,12 @@ megastow.MemoryManager.onload = meddled
 FLIP = "flip(model)"
 
 
-@pytest.fixture(scope="session")
-def megatron_tree(pytestconfig):
-    """The folder that holds a megatron package."""
-    pairs = [pair for pair in os.environ.get(TREES_VARIABLE, "").split(os.pathsep) if pair]
-    trees = parse_trees([*pairs, *pytestconfig.getoption("--megastow-megatron")])
-    if trees:
-        return trees.get("mcore-0.16") or next(iter(trees.values()))
-    found = detect_megatron()
-    if found is None:
-        pytest.skip(f"no Megatron: set {TREES_VARIABLE}, or PYTHONPATH to a tree of megatron-core")
-    return found.path.parent
-
-
 @pytest.fixture
-def run_demo(megatron_tree, tmp_path):
-    """Runs `megastow demo` in a process of its own, on the CPU, perhaps with somebody meddling."""
+def run_demo(run_megastow):
+    """Runs `megastow demo`, perhaps with somebody meddling."""
 
     def run(*arguments, condition="False", action="pass"):
-        (tmp_path / "sitecustomize.py").write_text(MEDDLE.format(condition=condition, action=action))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(megatron_tree)]),
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        json_file = tmp_path / "outcome.json"
-        command = [sys.executable, "-m", "megastow.cli", "demo", f"--json={json_file}", *arguments]
-        result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, env=environment)
-        return result, json.loads(json_file.read_text()) if json_file.exists() else None
+        return run_megastow("demo", *arguments, meddle=MEDDLE.format(condition=condition, action=action))
 
     return run
 

@@ -249,9 +249,10 @@ def test_a_missing_extra_is_named():
     assert "Traceback" not in result.stderr
 
 
-def test_the_demo_without_its_package_says_what_to_install():
-    code = "import sys; sys.modules['megastow_conformance'] = None; from megastow.cli import main; main(['demo'])"
-    result = run_python(code)
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_command_that_trains_says_what_to_install_where_its_package_is_missing(command):
+    code = "import sys; sys.modules['megastow_conformance'] = None; from megastow.cli import main; "
+    result = run_python(code + f"main(['{command}'])")
     assert result.returncode == 3
     assert 'pip install "megastow[demo]"' in result.stderr
     assert "Traceback" not in result.stderr

@@ -51,6 +51,15 @@ class Size:
         per_layer = 12 * self.hidden * self.hidden
         return self.layers * per_layer + (2 * self.vocabulary + self.sequence) * self.hidden
 
+    @property
+    def description(self) -> str:
+        """The trainer, in words."""
+        return (
+            f"a GPT of {self.num_parameters / 1e6:.3g} million parameters ({self.layers} layers of {self.hidden}, "
+            f"{self.heads} heads, {self.sequence} tokens a sequence), bf16 with fp32 main weights, Adam in Megatron's "
+            "DistributedOptimizer"
+        )
+
 
 SIZES: Mapping[str, Size] = MappingProxyType(
     {

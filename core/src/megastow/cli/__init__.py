@@ -1,4 +1,4 @@
-"""The command line: ``megastow doctor`` and ``megastow demo``.
+"""The command line: ``megastow doctor``, ``megastow demo`` and ``megastow bench``.
 
 It stands on typer and rich, which are an extra: training jobs that import megastow need neither.
 """

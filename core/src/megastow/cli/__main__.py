@@ -1,4 +1,4 @@
-"""``python -m megastow.cli``, which is how the demo starts its ranks."""
+"""``python -m megastow.cli``, which is how ``launch`` starts ranks."""
 
 from megastow.cli import main
 

@@ -79,3 +79,38 @@ def demo(
     from megastow.cli.demo import Settings, run_demo
 
     raise typer.Exit(run_demo(Settings(size, ranks, rounds, steps, json_file, time_limit)))
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        str, typer.Option(help="tiny, small, 125m, 355m or 1.4b parameters; the larger ones are for a GPU.")
+    ] = "tiny",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes to start, as torchrun does: data-parallel ranks.")] = 1,
+    rows: Annotated[
+        str, typer.Option(metavar="A,B", help="Measure only these rows (an unknown one lists them). Default: all.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="How often a steady thing is measured.")] = 5,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write everything that was found to FILE."),
+    ] = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", dir_okay=False, help="Draw it: bars, and memory through a cycle."),
+    ] = None,
+    time_limit: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="After this time no further row is begun.")
+    ] = 120,
+) -> None:
+    """Measure what this machine can do, what megastow makes of it, and what others do, as ratios within one run.
+
+    On a GPU where there is one, else on the CPU, with the megatron-core that is on the import path. All bits are
+    compared after every cycle that is timed.
+
+    Exit status 0 if every bit was the same, 1 if anything differed, 3 if something could not be measured that should.
+    """
+    from megastow.cli.bench import Settings, run_bench
+
+    names = tuple(name.strip() for name in rows.split(",") if name.strip())
+    raise typer.Exit(run_bench(Settings(size, ranks, names, repeats, json_file, plot_file, time_limit)))

@@ -1,0 +1,254 @@
+"""What is measured of megastow. A row is one function; goals are those of the issue "Link speed", for one H200 or two.
+
+A row whose figures this version of the library cannot have says so (``NotAvailable``) and measures nothing else in
+their place.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megastow import MemoryManager
+from megastow.report import format_bytes
+from megastow_conformance.bench import baselines
+from megastow_conformance.bench.registry import NotAvailable, row
+from megastow_conformance.bench.result import Figure, Goal, Spread, Unit
+from megastow_conformance.bench.sampling import Sampler
+from megastow_conformance.bench.session import STEPS, Session
+
+_CUDA_TENSORS, _CPU_TENSORS = 20_000, 300
+_SMALLEST, _LARGEST = 4 << 10, 4 << 20
+_CYCLE_TENSORS = 1_000
+_CYCLE_REPEATS = 20
+
+
+@row("cold", "first offload, host memory not prepared, over torch's page-locked buffers", {"offload": Goal(6.0)})
+def cold(session: Session) -> Iterator[Figure]:
+    """Once a run: there is only one first time. Both make their host memory in it, and ours packs small tensors too."""
+    tenant = session.untouched()
+    if not session.page_locked:
+        session.page_locked = baselines.page_locked_cycles(session, tenant)
+    theirs = session.page_locked[0].out
+    ours, _ = session.timed(tenant.manager.offload)
+    tenant.manager.onload()
+    tenant.check()
+    session.note(f"torch's way took {theirs:.3f} s")
+    against = "the time of torch's buffers"
+    yield Figure(
+        "offload", Spread((theirs / ours,)), against=against, seconds=Spread((ours,)), nbytes=tenant.kept_bytes
+    )
+
+
+@row(
+    "steady", "offload and onload of a trainer, from the second cycle on", {"offload": Goal(0.98), "onload": Goal(0.97)}
+)
+def steady(session: Session) -> Iterator[Figure]:
+    """From the call to all bytes confirmed and device memory given back to the driver."""
+    tenant = session.settled()
+    yield from session.over_bounds(tenant.kept_bytes, session.repeated(tenant.cycle))
+    session.memory["offloaded"] = tenant.manager.offload().after
+    session.memory["onloaded"] = tenant.manager.onload().after
+    session.timeline = tenant.watched_cycle()
+
+
+@row("host", "host memory held, over the bytes kept", {"host memory": Goal(1.001, at_most=True)})
+def host(session: Session) -> Iterator[Figure]:
+    """What the manager holds after cycles, over the bytes that the tensors had before any."""
+    tenant = session.settled()
+    held = tenant.manager.host_bytes
+    yield Figure("host memory", Spread((held / tenant.kept_bytes,)), against="bytes kept", nbytes=held)
+
+
+@row(
+    "blocked",
+    "the caller's wait in a non-blocking move, over the move",
+    {"offload": Goal(0.02, at_most=True), "onload": Goal(0.02, at_most=True)},
+)
+def blocked(session: Session) -> Iterator[Figure]:
+    """How long `offload(non_blocking=True)` holds its caller, over the time until all has arrived."""
+    _require("non_blocking")
+    tenant = session.settled()
+    manager: Any = tenant.manager
+
+    def started(move: Callable[..., Any]) -> tuple[float, float]:
+        start = time.perf_counter()
+        handle = move(non_blocking=True)
+        held = time.perf_counter() - start
+        handle.wait()
+        return held, time.perf_counter() - start
+
+    def cycle() -> tuple[tuple[float, float], tuple[float, float]]:
+        found = session.timed(lambda: started(manager.offload))[1], session.timed(lambda: started(manager.onload))[1]
+        tenant.check()
+        return found
+
+    cycles = session.repeated(cycle)
+    for name, waits in (("offload", [out for out, _ in cycles]), ("onload", [back for _, back in cycles])):
+        ratios = Spread.of(held / whole for held, whole in waits)
+        seconds = Spread.of(whole for _, whole in waits)
+        yield Figure(name, ratios, against="the time of the move", seconds=seconds, nbytes=tenant.kept_bytes)
+    with Sampler(session.device) as sampler:
+        manager.offload(non_blocking=True).wait()
+    manager.onload()
+    tenant.check()
+    levels = {sample.allocated_bytes or sample.driver_bytes for sample in sampler.timeline().samples}
+    session.note(f"device memory was seen at {len(levels)} levels on the way out")
+
+
+@row(
+    "residue",
+    "what torch's allocator holds after an offload with release_workspaces=True",
+    {"reserved": Goal(64 << 20, at_most=True, unit=Unit.BYTES)},
+)
+def residue(session: Session) -> Iterator[Figure]:
+    """Beside it the driver's figure, in parts. Without a GPU: resident memory beyond what was before the model."""
+    _require("release_workspaces")
+    tenant = session.settled()
+    manager: Any = tenant.manager
+    seconds, report = session.timed(lambda: manager.offload(release_workspaces=True))
+    manager.onload()
+    tenant.check()
+    after, before = report.after, session.memory["before the model"]
+    if after.reserved_bytes is None:
+        grown = after.driver_bytes - before.driver_bytes - manager.host_bytes - session.copied_bytes
+        yield _memory("resident", max(0, grown), seconds)
+        session.note("there is no allocator to ask; what Python and Megatron themselves took since is part of it")
+        return
+    yield _memory("reserved", after.reserved_bytes, seconds)
+    context, nccl = (session.memory[moment].driver_bytes for moment in ("context", "first collective"))
+    yield _memory("driver", after.driver_bytes)
+    parts = {
+        "context and other processes": context,
+        "NCCL's first communicator": nccl - context,
+        "torch's allocator": after.reserved_bytes,
+        "other communicators and modules loaded since": after.driver_bytes - nccl - after.reserved_bytes,
+    }
+    session.note(", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items()))
+
+
+@row("swap", "a trainer out while another comes in, over both directions of the link", {"both ways": Goal(0.95)})
+def swap(session: Session) -> Iterator[Figure]:
+    """Two trainers of the same size take turns; the peak is what torch's allocator had handed out at most."""
+    _require("non_blocking")
+    first = session.settled()
+    first.manager.offload()
+    device = session.device.torch_device
+    peaks: list[float] = []
+    with session.trainer() as second:
+        second.cycle()  # packs, and makes its host memory
+        turns: list[Any] = [first.manager, second.manager]
+
+        def turn() -> float:
+            incoming, outgoing = turns
+            turns.reverse()
+            before = session.device.memory().allocated_bytes
+            if before is not None:
+                torch.cuda.reset_peak_memory_stats(device)
+
+            def both() -> None:
+                leaving = outgoing.offload(non_blocking=True)
+                coming = incoming.onload(non_blocking=True)
+                leaving.wait()
+                coming.wait()
+
+            seconds, _ = session.timed(both)
+            if before is not None:
+                larger = max(first.device_bytes, second.device_bytes)
+                others = before - second.device_bytes  # workspaces; both trainers have the same size
+                peaks.append((torch.cuda.max_memory_allocated(device) - others) / larger)
+            (first if incoming is first.manager else second).check()
+            return seconds
+
+        seconds = session.repeated(turn)
+    yield session.over_bound("both ways", "both", 2 * first.kept_bytes, seconds)
+    if peaks:
+        yield Figure("device peak", Spread.of(peaks), against="the larger trainer", nbytes=first.device_bytes)
+    session.drop()  # it may be away
+
+
+@row(
+    "prepared",
+    "first offload after prepare() beside a training step, over a steady one",
+    {"offload": Goal(1.1, at_most=True)},
+)
+def prepared(session: Session) -> Iterator[Figure]:
+    """Once a run, with a new trainer. What the step did not cover of the preparation is waited for, and told."""
+    session.drop()
+    with session.trainer(steps=STEPS - 1) as tenant:
+        start = time.perf_counter()
+        tenant.manager.prepare()
+        tenant.subject.train()
+        session.device.synchronize()
+        step = time.perf_counter() - start
+        tenant.manager.prepare(wait=True)
+        waited = time.perf_counter() - start - step
+        session.device.release_cached()  # the step's; a steady offload has none to give back either
+        first = tenant.cycle().out
+        steady_seconds = Spread.of(cycle.out for cycle in session.repeated(tenant.cycle))
+        session.note(f"the step took {step:.3f} s, and preparing {waited:.3f} s longer")
+        yield Figure(
+            "offload",
+            Spread((first / steady_seconds.median,)),
+            against="a steady offload",
+            seconds=Spread((first,)),
+            nbytes=tenant.kept_bytes,
+        )
+
+
+@row(
+    "cycle",
+    "a steady cycle of 1,000 tensors with next to nothing to copy",
+    {"offload and onload": Goal(5e-3, at_most=True, unit=Unit.SECONDS)},
+)
+def cycle(session: Session) -> Iterator[Figure]:
+    """Tensors of one element, so that what is left is Python and the driver."""
+    with session.many_tensors(_CYCLE_TENSORS, 4, 4) as tenant:
+        tenant.cycle()
+        cycles = [tenant.cycle() for _ in range(max(session.repeats, _CYCLE_REPEATS))]
+        seconds = Spread.of(each.out + each.back for each in cycles)
+        yield Figure("offload and onload", seconds, Unit.SECONDS, seconds=seconds)
+
+
+@row("small", "offload and onload of many tensors of 4 KiB to 4 MiB", {"offload": Goal(0.95), "onload": Goal(0.95)})
+def small(session: Session) -> Iterator[Figure]:
+    """As many as a mixture of experts has, on a GPU; fewer without one."""
+    num_tensors = _CUDA_TENSORS if session.device.torch_device.type == "cuda" else _CPU_TENSORS
+    with session.many_tensors(num_tensors, _SMALLEST, _LARGEST) as tenant:
+        session.note(f"{num_tensors:,} tensors")
+        tenant.cycle()
+        yield from session.over_bounds(tenant.kept_bytes, session.repeated(tenant.cycle))
+
+
+@row(
+    "replicas",
+    "replicated state by slices and an all-gather, over the links of all ranks",
+    {"offload": Goal(0.95), "onload": Goal(0.95)},
+)
+def replicas(session: Session) -> Iterator[Figure]:
+    """Not built yet."""
+    raise NotAvailable("not built in this version")
+
+
+@row(
+    "overlap",
+    "first forward after an onload in flight, over the longer of the two",
+    {"first forward": Goal(1.15, at_most=True)},
+)
+def overlap(session: Session) -> Iterator[Figure]:
+    """Not built yet."""
+    raise NotAvailable("not built in this version")
+
+
+def _require(parameter: str) -> None:
+    """Sees whether this version of the library can do that at all."""
+    if parameter not in inspect.signature(MemoryManager.offload).parameters:
+        raise NotAvailable(f"offload() has no {parameter} in this version")
+
+
+def _memory(name: str, nbytes: int, seconds: float | None = None) -> Figure:
+    return Figure(name, Spread((nbytes,)), Unit.BYTES, seconds=None if seconds is None else Spread((seconds,)))

@@ -1,0 +1,290 @@
+"""The benchmark on the CPU with the real Megatron: what it reports, and that it finds and says what goes wrong.
+
+Nothing here asserts a speed.
+"""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from megastow import MemoryManager
+from megastow.cli.bench_tables import bench_table, bench_verdict
+from megastow_conformance.bench import registry
+from megastow_conformance.bench.bits import StateCopy
+from megastow_conformance.bench.registry import choose_rows, known_rows
+from megastow_conformance.bench.result import (
+    BenchResult,
+    Figure,
+    Goal,
+    RankResult,
+    RowResult,
+    Spread,
+    Status,
+    Timeline,
+    Unit,
+)
+
+QUICK = ("--repeats=2",)
+
+# One bit of the first weight, after the first onload that brought something.
+FLIP = """
+import megastow, torch
+
+create, onload, models, flipped = megastow.create_memory_manager, megastow.MemoryManager.onload, {}, []
+
+
+def remembering(model, optimizer=None):
+    manager = create(model, optimizer)
+    models[manager] = model[0] if isinstance(model, list) else model
+    return manager
+
+
+def meddled(manager, *kinds, **options):
+    report = onload(manager, *kinds, **options)
+    if not flipped:
+        flipped.append(next(models[manager].parameters()).detach().view(-1).view(torch.uint8))
+        flipped[0][5] ^= 1
+    return report
+
+
+megastow.create_memory_manager = remembering
+megastow.MemoryManager.onload = meddled
+"""
+
+BROKEN = """
+from megastow_conformance.bench.subjects import ManyTensors
+
+make = ManyTensors.__init__
+
+
+def broken(self, num_tensors, smallest, largest, device):
+    if smallest != largest:
+        raise ArithmeticError("meddled with")
+    make(self, num_tensors, smallest, largest, device)
+
+
+ManyTensors.__init__ = broken
+"""
+
+
+def rows_of(outcome, rank=0):
+    return {row["id"]: row for row in outcome["ranks"][rank]["rows"]}
+
+
+@pytest.mark.slow
+def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "picture"
+    chosen = "cold,steady,host,cycle,replicas,page-locked,megatron,memory-saver"
+    result, outcome = run_megastow("bench", *QUICK, f"--rows={chosen}", f"--plot={plot}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "There is no GPU here" in result.stdout
+    assert "IDENTICAL" in result.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert outcome["command"].startswith("megastow bench --size=tiny")
+    assert outcome["versions"]["megatron-core"]
+    assert outcome["hardware"]["host_bytes"] > 0
+    assert outcome["size"]["name"] == "tiny"
+    assert outcome["differences"] == outcome["failed"] == []
+
+    (rank,) = outcome["ranks"]
+    assert {"first_touch", "out", "in", "both"} == rank["bounds"].keys()
+    assert all(bound["bytes_per_second"] > 0 for bound in rank["bounds"].values())
+    assert {"before the model", "trained", "offloaded", "onloaded"} <= rank["memory"].keys()
+    assert list(rank["timeline"]["phases"]) == ["resident", "offload", "offloaded", "onload", "resident again"]
+    assert len(rank["timeline"]["samples"]) > 5
+
+    rows = rows_of(outcome)
+    assert ",".join(rows) == chosen
+    unavailable = {"replicas", "megatron", "memory-saver"}
+    assert {row_id for row_id, row in rows.items() if row["status"] == "not available"} == unavailable
+    assert rows["replicas"]["goals"]["offload"]["limit"] == 0.95
+    assert all(rows[row_id]["notes"] for row_id in unavailable)
+    assert {row_id for row_id, row in rows.items() if row["status"] == "measured"} == rows.keys() - unavailable
+    offload, onload = rows["steady"]["figures"]
+    assert (offload["name"], onload["name"]) == ("offload", "onload")
+    assert offload["bytes"] == pytest.approx(outcome["size"]["hidden"] ** 2 * 12 * 4 * 14, rel=3)
+    for figure in (offload, onload):
+        assert len(figure["value"]["values"]) == len(figure["seconds"]["values"]) == 2
+        assert figure["value"]["min"] <= figure["value"]["median"] <= figure["value"]["max"]
+        assert figure["goal"]["limit"] in (0.98, 0.97)
+        bound = rank["bounds"]["out" if figure["name"] == "offload" else "in"]
+        assert figure["against"] == bound["name"]
+        speed = figure["bytes"] / figure["seconds"]["median"]
+        assert figure["value"]["median"] == pytest.approx(speed / bound["bytes_per_second"], rel=0.01)
+    assert rows["steady"]["states_compared"] == 3  # and once more for the timeline
+    (held,) = rows["host"]["figures"]
+    assert held["value"]["median"] >= 1
+    assert outcome["states_compared"] == sum(row["states_compared"] for row in rows.values()) > 20
+
+
+@pytest.mark.slow
+def test_a_wrong_byte_is_found_and_stops_no_other_row(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=steady,cycle", meddle=FLIP)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "DIFFERENT" in result.stdout
+    rows = rows_of(outcome)
+    assert any("chunk0.param." in difference for difference in rows["steady"]["differences"])
+    assert all("1 of " in difference and "(byte 5)" in difference for difference in rows["steady"]["differences"])
+    assert rows["cycle"]["differences"] == []
+    assert rows["cycle"]["status"] == "measured"
+    assert rows["steady"]["differences"][0] in outcome["differences"][0]
+
+
+@pytest.mark.slow
+def test_a_row_that_raises_is_said_and_stops_no_other_row(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=small,cycle", meddle=BROKEN)
+    assert result.returncode == 3, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    assert rows["small"]["status"] == "failed"
+    assert rows["small"]["notes"] == ["ArithmeticError: meddled with"]
+    assert rows["cycle"]["status"] == "measured"
+    assert outcome["failed"] == ["small"]
+    assert "FAILED: small" in result.stdout
+
+
+@pytest.mark.slow
+def test_rows_wait_for_the_library_to_have_what_they_measure(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=blocked,residue,swap")
+    assert result.returncode == 0, result.stdout + result.stderr
+    known = inspect.signature(MemoryManager.offload).parameters
+    for row_id, needed in (("blocked", "non_blocking"), ("residue", "release_workspaces"), ("swap", "non_blocking")):
+        assert rows_of(outcome)[row_id]["status"] == ("measured" if needed in known else "not available")
+
+
+@pytest.mark.slow
+def test_what_is_left_when_time_is_up_is_said(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=small,cycle", "--time-limit=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert rows_of(outcome)["cycle"]["status"] == "not run"
+    assert "out of time" in rows_of(outcome)["cycle"]["notes"][0]
+
+
+@pytest.mark.slow
+def test_every_rank_measures(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=cycle", "--ranks=2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(outcome["ranks"]) == 2
+    for rank in (0, 1):
+        assert rows_of(outcome, rank)["cycle"]["status"] == "measured"
+        assert outcome["ranks"][rank]["bounds"]["all_gather"]["bytes_per_second"] > 0
+
+
+def test_rows_that_do_not_exist_are_refused_with_those_that_do(run_megastow):
+    result, outcome = run_megastow("bench", "--rows=steady,steedy")
+    assert result.returncode == 3
+    assert outcome is None
+    assert "'steedy'" in result.stderr
+    assert "there are cold, steady, host" in result.stderr
+
+
+# --- without a process ------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_the_issue_and_the_baselines_come_last():
+    rows = known_rows()
+    ours = {row.id: row for row in rows if not row.is_baseline}
+    assert set(ours) == {
+        *("steady", "small", "cold", "prepared", "host", "swap", "replicas", "blocked", "overlap", "cycle", "residue")
+    }
+    assert all(row.goals for row in ours.values())
+    assert [row.is_baseline for row in rows] == sorted(row.is_baseline for row in rows)
+    assert [row.id for row in choose_rows(["pageable", "cold"])] == ["cold", "pageable"]
+
+
+def test_a_row_is_one_function(monkeypatch):
+    known_rows()
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
+
+    @registry.row("new", "what it is", {"figure": Goal(1.0)})
+    def new(session):
+        return [Figure("figure", Spread((1.0,)))]
+
+    (row,) = choose_rows(["new"])
+    assert row.measure is new
+
+
+def test_a_copy_finds_what_is_not_the_same():
+    state = {"a": torch.arange(300.0), "b": torch.randn(7, 5).t(), "empty": torch.empty(0), "c": torch.ones(3).bool()}
+    copy = StateCopy(state)
+    assert copy.nbytes == 300 * 4 + 35 * 4 + 3
+    assert copy.differences(state) == []
+    assert copy.differences({**state, "more": torch.ones(1)}) == ["more was not there before"]
+    assert copy.differences({n: t for n, t in state.items() if n != "b"}) == ["b is gone"]
+    assert copy.differences({**state, "a": torch.arange(299.0)}) == ["a has 1196 bytes instead of 1200"]
+    state["a"].view(torch.uint8)[1023] ^= 1
+    assert copy.differences(state) == ["1 of 1200 bytes of a differ (byte 1023)"]
+    state["a"].untyped_storage().resize_(0)
+    assert copy.differences(state) == ["a has no memory"]
+
+
+def test_a_copy_keeps_the_bits_of_nan_and_of_zero():
+    state = {"a": torch.tensor([float("nan"), 0.0])}
+    copy = StateCopy(state)
+    assert copy.differences(state) == []
+    state["a"][1] = -0.0
+    assert len(copy.differences(state)) == 1
+
+
+def result_of(*rows, device="cpu"):
+    rank = RankResult({}, rows, {}, Timeline())
+    return BenchResult("megastow bench", "today", device, {}, {}, {"name": "tiny"}, 1, 60, (rank,), 1.0)
+
+
+def row_of(**values):
+    row = RowResult("row", "what it is", False, {"offload": Goal(0.95)}, Status.MEASURED)
+    return dataclasses.replace(row, **values)
+
+
+def shown(result):
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(bench_table(result))
+    return capture.get()
+
+
+def test_a_picture_needs_no_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from megastow.cli.bench_plot import draw
+
+    result = dataclasses.replace(result_of(row_of()), hardware={"processor": "one"})
+    draw(result.as_dict(), tmp_path / "picture")
+    assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goals_are_shown_where_nothing_was_measured():
+    text = shown(result_of(row_of(status=Status.NOT_AVAILABLE, notes=("offload() cannot do that",))))
+    assert "≥ 0.950" in text
+    assert "not available: offload() cannot do that" in text
+
+
+def test_values_are_shown_in_their_units():
+    figures = (
+        Figure("a", Spread((0.5, 0.7, 0.6)), against="the bound", goal=Goal(0.95)),
+        Figure("b", Spread((0.004,)), Unit.SECONDS, goal=Goal(5e-3, at_most=True, unit=Unit.SECONDS)),
+        Figure("c", Spread((2.0**20,)), Unit.BYTES),
+    )
+    text = shown(result_of(row_of(figures=figures)))
+    for part in ("0.600", "0.500", "0.700", "the bound", "4 ms", "≤ 5 ms", "1 MiB"):
+        assert part in text
+    assert json.loads(json.dumps(result_of(row_of(figures=figures)).as_dict()))["ranks"][0]["rows"][0]["figures"]
+
+
+def test_a_goal_is_met_by_its_own_limit():
+    assert Goal(0.95).is_met_by(0.95)
+    assert not Goal(0.95).is_met_by(0.94)
+    assert Goal(1.1, at_most=True).is_met_by(1.1)
+    assert not Goal(1.1, at_most=True).is_met_by(1.2)
+
+
+def test_the_verdict_says_what_was_compared():
+    assert "IDENTICAL, bit for bit, in all 3" in bench_verdict(result_of(row_of(num_compared=3)))
+    assert "nothing was compared" in bench_verdict(result_of(row_of()))
+    different = bench_verdict(result_of(row_of(num_compared=3, differences=("1 of 2 bytes of x differ",) * 12)))
+    assert "DIFFERENT: 12 times" in different
+    assert "rank 0: row: 1 of 2 bytes of x differ" in different
+    assert "and 2 more" in different
