@@ -129,7 +129,7 @@ class _StorageMoves:
 
     def cycle(self) -> Cycle:
         """Out and back, each timed; then all bits are compared."""
-        return _cycle(self._session, self._tenant, self._offload, self._onload)
+        return self._tenant.cycle_by(self._offload, self._onload)
 
     def _offload(self) -> None:
         self._copies = [self._out(_bytes_of(storage)) for storage in self._kept]
@@ -152,14 +152,7 @@ class _StorageMoves:
 def _cycles(
     session: Session, tenant: Trainer, offload: Callable[[], None], onload: Callable[[], None]
 ) -> Sequence[Cycle]:
-    return session.repeated(lambda: _cycle(session, tenant, offload, onload))
-
-
-def _cycle(session: Session, tenant: Trainer, offload: Callable[[], None], onload: Callable[[], None]) -> Cycle:
-    out, _ = session.timed(offload)
-    back, _ = session.timed(onload)
-    tenant.check()
-    return Cycle(out, back)
+    return session.repeated(lambda: tenant.cycle_by(offload, onload))
 
 
 def _memory_saver(session: Session, *, retained: bool) -> Iterator[Figure]:
@@ -186,7 +179,7 @@ def _memory_saver(session: Session, *, retained: bool) -> Iterator[Figure]:
         session.device.synchronize()
 
     with session.trainer(region=saver.region(tag=tag, enable_cpu_backup=True)) as tenant:
-        _cycle(session, tenant, offload, onload)
+        tenant.cycle_by(offload, onload)
         yield from session.over_bounds(tenant.kept_bytes, _cycles(session, tenant, offload, onload))
     session.note("it copies gradient buffers too, which are not counted")
 

@@ -23,6 +23,7 @@ from megastow_conformance.bench.session import STEPS, Session
 
 _CUDA_TENSORS, _CPU_TENSORS = 20_000, 300
 _SMALLEST, _LARGEST = 4 << 10, 4 << 20
+_AT_ONCE_REPEATS = 2
 _CYCLE_TENSORS = 1_000
 _CYCLE_REPEATS = 20
 
@@ -51,6 +52,8 @@ def steady(session: Session) -> Iterator[Figure]:
     """From the call to all bytes confirmed and device memory given back to the driver."""
     tenant = session.settled()
     yield from session.over_bounds(tenant.kept_bytes, session.repeated(tenant.cycle))
+    at_once = [tenant.cycle(phase_seconds=0.0).back for _ in range(_AT_ONCE_REPEATS)]
+    yield session.over_bound("onload at once", "in", tenant.kept_bytes, at_once)
     session.memory["offloaded"] = tenant.manager.offload().after
     session.memory["onloaded"] = tenant.manager.onload().after
     session.timeline = tenant.watched_cycle()
@@ -209,7 +212,7 @@ def cycle(session: Session) -> Iterator[Figure]:
     """Tensors of one element, so that what is left is Python and the driver."""
     with session.many_tensors(_CYCLE_TENSORS, 4, 4) as tenant:
         tenant.cycle()
-        cycles = [tenant.cycle() for _ in range(max(session.repeats, _CYCLE_REPEATS))]
+        cycles = [tenant.cycle(phase_seconds=0.0) for _ in range(max(session.repeats, _CYCLE_REPEATS))]
         seconds = Spread.of(each.out + each.back for each in cycles)
         yield Figure("offload and onload", seconds, Unit.SECONDS, seconds=seconds)
 
