@@ -69,16 +69,18 @@ def test_a_storage_under_two_kinds_moves_with_the_first():
     del blocks
 
 
-def test_nothing_is_released_before_everything_has_arrived():
+def test_nothing_is_released_before_it_has_arrived_and_what_is_dropped_goes_last():
     rig = Rig(weights=[torch.randn(8)], optimizer_states=[torch.randn(8)], grad_buffers=[torch.randn(8)])
     sizes = []
 
-    def confirm():
-        sizes.append(device_bytes(rig.all))
+    class Arrival:
+        def wait(self):
+            sizes.append(device_bytes(rig.all))
 
-    rig.device.confirm = confirm
+    rig.device.arrival = Arrival
+    rig.device.confirm = lambda: sizes.append(device_bytes(rig.all))
     rig.offload(W, S, G)
-    assert sizes == [96]
+    assert sizes == [96, 64, 32]
     assert device_bytes(rig.all) == 0
 
 

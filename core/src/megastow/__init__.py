@@ -21,6 +21,7 @@ from megastow.manager import MemoryManager, create_memory_manager, create_traine
 from megastow.megatron import MegatronInfo, detect_megatron
 from megastow.report import KindReport, MemoryFigures, TransferReport
 from megastow.state import Residency, StateKind
+from megastow.swap import swap
 
 try:
     __version__ = version("megastow")
@@ -51,4 +52,5 @@ __all__ = [
     "create_memory_manager",
     "create_trainer_memory_manager",
     "detect_megatron",
+    "swap",
 ]

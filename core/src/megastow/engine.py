@@ -1,17 +1,17 @@
 """A move is a transaction: plan, reserve, copy, confirm, release - or nothing happened.
 
 [Note: what is true at which moment]
-The bytes of a storage are in one of two places, and a `Parked` entry says which. Entries of a move are written when all
-its copies are queued, before the first storage is released. A storage is marked as released, and then released, when
-its own copy has arrived: from then on the host copy is the truth, and refilling from it is right any number of times,
-whatever has become of the device side. Until then, and where there is no entry, the device side is the truth. Entries
-are deleted after the last copy of an onload has been confirmed. So an interruption at any instruction leaves a state
-from which the same call, or its opposite, goes on.
+The bytes of a storage are in one of two places, and a `Parked` entry says which. The entries of an offload are written
+before its first copy. A storage is marked as released, and then released, when its own copy has arrived: from then on
+the host copy is the truth, and refilling from it is right any number of times, whatever has become of the device side.
+Until then, and where there is no entry, the device side is the truth. Entries are deleted after the last copy of an
+onload has been confirmed. So an interruption at any instruction leaves a state from which the same call, or its
+opposite, goes on.
 
-Storages are released one by one while the copies of the others are still on their way, so that another tenant of the
-process can have the memory at once. If the move then fails, what was released is refilled; if even that fails, because
-somebody has taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them,
-and the next onload brings back what is missing.
+Storages are released one by one while the copies of others are on their way, so that another tenant of the process can
+have the memory at once. If the move then fails, what was released is refilled; if even that fails, because somebody has
+taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them, and the next
+onload brings back what is missing.
 
 What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail; once the
 first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ from megastow.storages import StorageRecord, belongs_to, byte_view, find_storage
 from megastow.transport import HostSlice, Transport
 
 DEFAULT_BUCKET_BYTES = 512 << 20
+
+IN_FLIGHT_BYTES = 2 << 30
+"""Copies of an offload that are queued at a time, if there are that many: enough to keep the link busy, and so few that
+storages are given up soon, and that copies of another manager, the other way, are not queued up behind all of them."""
+
+Permit = Callable[[int, int], None]
+"""Asked before device memory is taken: the bytes of a storage, and all bytes of the move up to and with it. Returns
+when they may be taken; raises if they never can."""
 
 RegionKey = tuple[StateKind, bool]
 """What has a region of host memory to itself: a kind's lasting state, and what is transient of it."""
@@ -69,7 +78,11 @@ class Parked:
 
 
 class Engine:
-    """Moves kinds between one device and host memory. Not thread-safe; the manager serialises calls."""
+    """Moves kinds between one device and host memory. Not thread-safe; the manager serialises calls.
+
+    Attributes:
+        released_bytes: Device memory that offloads have given up since the engine was made; may be read by any thread.
+    """
 
     def __init__(self, device: Device, *, bucket_bytes: int, chunk_bytes: int) -> None:
         self._device = device
@@ -78,6 +91,7 @@ class Engine:
         self._flat = FlatTensors(device, bucket_bytes)
         self._parked: dict[StateKind, list[Parked]] = {}
         self._moving: dict[StateKind, Residency] = {}
+        self.released_bytes = 0  # by offloads so far; only grows
 
     # --- questions -----------------------------------------------------------------------------------------------
 
@@ -160,10 +174,16 @@ class Engine:
                 reports[kind] = _report(kind, entries, clock.seconds[kind])
         return reports
 
-    def onload(self, kinds: Sequence[StateKind]) -> tuple[dict[StateKind, KindReport], list[str]]:
+    def onload(
+        self, kinds: Sequence[StateKind], permit: Permit | None = None
+    ) -> tuple[dict[StateKind, KindReport], list[str]]:
         """Bring `kinds` back to the device; needs device memory for exactly what was released.
 
         Synchronises with the device before and after.
+
+        Args:
+            kinds: what to move; kinds that are here already are passed over.
+            permit: asked before each storage is taken; may wait. Without it all has to be free at once.
 
         Returns:
             A report for each kind, and notes.
@@ -186,7 +206,7 @@ class Engine:
             self._device.synchronize()
             clock = _KindClock()
             entries = {kind: self._parked[kind] for kind in moving}
-            self._refill(entries, clock)
+            self._refill(entries, clock, permit)
             for kind in moving:
                 reports[kind] = _report(kind, entries[kind], clock.seconds[kind])
                 del self._parked[kind]
@@ -255,15 +275,18 @@ class Engine:
         Undone if interrupted, until the first byte goes that was not kept. See [Note: what is true at which moment].
         """
         try:
-            arrivals = self._queue_copies(plans, clock)
             self._parked.update(plans)
-            for parked, arrival in arrivals:
-                faults.point("offload.confirm")
-                arrival.wait()
-                with clock.running(parked.kind):
-                    faults.point("offload.release")
-                    parked.released = True
-                    parked.storage.resize_(0)
+            on_their_way: deque[tuple[Parked, Arrival]] = deque()
+            in_flight = 0
+            for parked in (p for entries in plans.values() for p in entries if p.host is not None):
+                on_their_way.append((parked, self._copy_out(parked, clock)))
+                in_flight += parked.nbytes
+                while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
+                    oldest, arrival = on_their_way.popleft()
+                    self._release(oldest, arrival, clock)
+                    in_flight -= oldest.nbytes
+            for parked, arrival in on_their_way:
+                self._release(parked, arrival, clock)
             self._device.confirm()  # the clocks stop behind the last copy
             faults.point("offload.drop")
             self._drop(plans, clock)
@@ -278,22 +301,24 @@ class Engine:
             raise
         self._device.release_cached()
 
-    def _queue_copies(
-        self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock
-    ) -> list[tuple[Parked, Arrival]]:
-        """Queue the copies of everything that is kept; what to wait for, for each."""
-        arrivals = []
-        with self._device.copying():
-            for kind, entries in plans.items():
-                with clock.copying(kind, self._device):
-                    for parked in entries:
-                        if parked.host is not None:
-                            self._transport.copy_out(parked.storage, parked.host)
-                            arrivals.append((parked, self._device.arrival()))
-        return arrivals
+    def _copy_out(self, parked: Parked, clock: _KindClock) -> Arrival:
+        """Queue the copy of a storage; what to wait for."""
+        assert parked.host is not None
+        with self._device.copying(), clock.copying(parked.kind, self._device):
+            self._transport.copy_out(parked.storage, parked.host)
+            return self._device.arrival()
 
-    @staticmethod
-    def _drop(plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
+    def _release(self, parked: Parked, arrival: Arrival, clock: _KindClock) -> None:
+        """Give up the device side of a storage when its copy has arrived."""
+        faults.point("offload.confirm")
+        arrival.wait()
+        with clock.running(parked.kind):
+            faults.point("offload.release")
+            parked.released = True
+            parked.storage.resize_(0)
+            self.released_bytes += parked.nbytes
+
+    def _drop(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
         """Release what was not kept. Doing it again is fine."""
         for kind, entries in plans.items():
             with clock.running(kind):
@@ -301,35 +326,32 @@ class Engine:
                     if parked.host is None:
                         parked.released = True
                         parked.storage.resize_(0)
+                        self.released_bytes += parked.nbytes
 
-    def _refill(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
+    def _refill(
+        self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock, permit: Permit | None = None
+    ) -> None:
         """Take device memory for everything that was released, and fill it; all of it or nothing."""
         for entries in plans.values():
             for parked in entries:
                 self._check_untouched(parked)
-        needed = sum(p.nbytes for entries in plans.values() for p in entries if p.released)
-        free = self._device.free_bytes()
-        if free is not None and needed > free:
-            raise _no_device_memory(plans, needed, free)
+        released = [p for entries in plans.values() for p in entries if p.released]
+        needed = sum(p.nbytes for p in released)
+        if permit is None:
+            free = self._device.free_bytes()
+            if free is not None and needed > free:
+                raise _no_device_memory(plans, needed, free)
         taken: list[Parked] = []
         try:
-            for kind, entries in plans.items():
-                with clock.running(kind):
-                    for parked in entries:
-                        if parked.released:
-                            faults.point("onload.reserve")
-                            taken.append(parked)
-                            parked.storage.resize_(parked.nbytes)
-            with self._device.copying():
-                for kind, entries in plans.items():
-                    with clock.copying(kind, self._device):
-                        for parked in entries:
-                            if not parked.released:
-                                continue
-                            if parked.host is None:
-                                byte_view(parked.storage).zero_()
-                            else:
-                                self._transport.copy_in(parked.host, parked.storage)
+            incoming: Iterable[Parked] = self._take(released, taken, clock, permit)
+            if permit is None:
+                incoming = list(incoming)  # all at first: beside copies in flight, a driver allocates slowly
+            for parked in incoming:
+                with self._device.copying(), clock.copying(parked.kind, self._device):
+                    if parked.host is None:
+                        byte_view(parked.storage).zero_()
+                    else:
+                        self._transport.copy_in(parked.host, parked.storage)
             faults.point("onload.confirm")
             self._device.confirm()
         except BaseException as error:
@@ -342,6 +364,22 @@ class Engine:
             raise
         for parked in taken:
             parked.released = False
+
+    @staticmethod
+    def _take(
+        released: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None
+    ) -> Iterator[Parked]:
+        """Take device memory for one storage after the other, each when it is permitted."""
+        wanted = 0
+        for parked in released:
+            wanted += parked.nbytes
+            if permit is not None:
+                permit(parked.nbytes, wanted)
+            with clock.running(parked.kind):
+                faults.point("onload.reserve")
+                taken.append(parked)
+                parked.storage.resize_(parked.nbytes)
+            yield parked
 
     def _settle(self) -> None:
         """Wait for copies of a failed move, so that nothing writes any more; what failed them is known already."""
@@ -363,26 +401,29 @@ class _KindClock:
     """Seconds that each kind's part of a move took, on the host and on the copy stream."""
 
     def __init__(self) -> None:
-        self._host: dict[StateKind, float] = {}
-        self._watches: dict[StateKind, Stopwatch] = {}
+        self._host: defaultdict[StateKind, float] = defaultdict(float)
+        self._watches: list[tuple[StateKind, Stopwatch]] = []
 
     @contextlib.contextmanager
     def running(self, kind: StateKind) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._host[kind] = self._host.get(kind, 0.0) + time.perf_counter() - start
+        self._host[kind] += time.perf_counter() - start
 
     @contextlib.contextmanager
     def copying(self, kind: StateKind, device: Device) -> Iterator[None]:
-        self._watches[kind] = device.stopwatch()
+        watch = device.stopwatch()
+        self._watches.append((kind, watch))
         yield
-        self._watches[kind].stop()
+        watch.stop()
 
     @property
-    def seconds(self) -> dict[StateKind, float]:
+    def seconds(self) -> Mapping[StateKind, float]:
         """Valid once the copies have been confirmed."""
-        copies = {kind: watch.seconds() for kind, watch in self._watches.items()}
-        return {k: self._host.get(k, 0.0) + copies.get(k, 0.0) for k in {*self._host, *copies}}
+        found = defaultdict(float, self._host)
+        for kind, watch in self._watches:
+            found[kind] += watch.seconds()
+        return found
 
 
 def _region_key(record: StorageRecord) -> RegionKey:

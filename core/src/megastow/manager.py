@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -18,7 +19,7 @@ from megastow.device import device_for
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
 from megastow.errors import InvalidArgumentError, InvalidTypeError, ManagerClosedError
 from megastow.guard import Guard
-from megastow.handle import TransferHandle
+from megastow.handle import DEFAULT_WINDOW_BYTES, TransferHandle, make_permit
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kinds
@@ -226,12 +227,33 @@ class MemoryManager:
         return self._run("offload", wanted, act, non_blocking)
 
     @overload
-    def onload(self, *kinds: KindLike, non_blocking: Literal[False] = False) -> TransferReport: ...
+    def onload(
+        self,
+        *kinds: KindLike,
+        wait_for_memory: float = 0.0,
+        beside: TransferHandle | None = None,
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
+        non_blocking: Literal[False] = False,
+    ) -> TransferReport: ...
 
     @overload
-    def onload(self, *kinds: KindLike, non_blocking: Literal[True]) -> TransferHandle: ...
+    def onload(
+        self,
+        *kinds: KindLike,
+        wait_for_memory: float = 0.0,
+        beside: TransferHandle | None = None,
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
+        non_blocking: Literal[True],
+    ) -> TransferHandle: ...
 
-    def onload(self, *kinds: KindLike, non_blocking: bool = False) -> TransferReport | TransferHandle:
+    def onload(
+        self,
+        *kinds: KindLike,
+        wait_for_memory: float = 0.0,
+        beside: TransferHandle | None = None,
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
+        non_blocking: bool = False,
+    ) -> TransferReport | TransferHandle:
         """Bring kinds back to the device, bit for bit; all kinds if none is named.
 
         Gradient buffers come back zeroed, unless they were kept. Needs as much free device memory as was released. All
@@ -239,18 +261,25 @@ class MemoryManager:
 
         Args:
             *kinds: `StateKind`s or their names.
+            wait_for_memory: seconds to wait, for each storage, until the neighbour on the device has let go of the
+                memory for it. 0 fails at once if not all of it is free.
+            beside: an offload under way of another manager on the device. Memory is then taken as that one gives it
+                back, and both directions of the link are busy at once; see `megastow.swap`.
+            window_bytes: how much more than that offload has given back may be taken; the extra device memory.
             non_blocking: return at once, and move in a thread of its own. Calls that touch the kinds meanwhile wait
                 until all of the move has arrived. Errors are raised by the handle's `wait`, and logged.
 
         Raises:
-            DeviceMemoryError: not enough free device memory; everything is still safe on the host.
+            DeviceMemoryError: not enough free device memory; everything is still safe on the host, and a repeated call
+                goes on from there.
             TransferError: the move failed and was undone, and can be made again.
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
 
         def act(move: _Move) -> None:
-            reports, notes = self._engine.onload(wanted)
+            permit = make_permit(self._device.free_bytes, wait_for_memory, beside, window_bytes)
+            reports, notes = self._engine.onload(wanted, permit)
             move.kinds.update(reports)
             move.notes.extend(notes)
 
@@ -416,6 +445,7 @@ class MemoryManager:
         is_offload = move.direction == "offload"
         going = [kind for kind in wanted if self._engine.is_away(kind) is not is_offload]
         pending: Future[TransferReport] = Future()
+        handle = TransferHandle(pending, partial(self._released_since, self._engine.released_bytes))
         enter = self._device.as_here()
 
         def work() -> None:
@@ -437,7 +467,10 @@ class MemoryManager:
             self._pending = None
             self._settle()
             raise
-        return TransferHandle(pending)
+        return handle
+
+    def _released_since(self, before: int) -> int:
+        return self._engine.released_bytes - before
 
     def _settle(self) -> None:
         """Bring the guard in line with where things are. Doing it again is fine."""

@@ -6,14 +6,13 @@ their place.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from megastow import MemoryManager
+from megastow import swap as swap_places
 from megastow.report import format_bytes
 from megastow_conformance.bench import baselines
 from megastow_conformance.bench.registry import NotAvailable, row
@@ -74,9 +73,8 @@ def host(session: Session) -> Iterator[Figure]:
 )
 def blocked(session: Session) -> Iterator[Figure]:
     """How long `offload(non_blocking=True)` holds its caller, over the time until all has arrived."""
-    _require("non_blocking")
     tenant = session.settled()
-    manager: Any = tenant.manager
+    manager = tenant.manager
 
     def started(move: Callable[..., Any]) -> tuple[float, float]:
         start = time.perf_counter()
@@ -110,9 +108,8 @@ def blocked(session: Session) -> Iterator[Figure]:
 )
 def residue(session: Session) -> Iterator[Figure]:
     """Beside it the driver's figure, in parts. Without a GPU: resident memory beyond what was before the model."""
-    _require("release_workspaces")
     tenant = session.settled()
-    manager: Any = tenant.manager
+    manager = tenant.manager
     seconds, report = session.timed(lambda: manager.offload(release_workspaces=True))
     manager.onload()
     tenant.check()
@@ -137,14 +134,13 @@ def residue(session: Session) -> Iterator[Figure]:
 @row("swap", "a trainer out while another comes in, over both directions of the link", {"both ways": Goal(0.95)})
 def swap(session: Session) -> Iterator[Figure]:
     """Two trainers of the same size take turns; the peak is what torch's allocator had handed out at most."""
-    _require("non_blocking")
     first = session.settled()
     first.manager.offload()
     device = session.device.torch_device
     peaks: list[float] = []
     with session.trainer() as second:
         second.cycle()  # packs, and makes its host memory
-        turns: list[Any] = [first.manager, second.manager]
+        turns = [first.manager, second.manager]
 
         def turn() -> float:
             incoming, outgoing = turns
@@ -153,13 +149,7 @@ def swap(session: Session) -> Iterator[Figure]:
             if before is not None:
                 torch.cuda.reset_peak_memory_stats(device)
 
-            def both() -> None:
-                leaving = outgoing.offload(non_blocking=True)
-                coming = incoming.onload(non_blocking=True)
-                leaving.wait()
-                coming.wait()
-
-            seconds, _ = session.timed(both)
+            seconds, _ = session.timed(lambda: swap_places(outgoing, incoming))
             if before is not None:
                 larger = max(first.device_bytes, second.device_bytes)
                 others = before - second.device_bytes  # workspaces; both trainers have the same size
@@ -245,12 +235,6 @@ def replicas(session: Session) -> Iterator[Figure]:
 def overlap(session: Session) -> Iterator[Figure]:
     """Not built yet."""
     raise NotAvailable("not built in this version")
-
-
-def _require(parameter: str) -> None:
-    """Sees whether this version of the library can do that at all."""
-    if parameter not in inspect.signature(MemoryManager.offload).parameters:
-        raise NotAvailable(f"offload() has no {parameter} in this version")
 
 
 def _memory(name: str, nbytes: int, seconds: float | None = None) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megastow.engine import Engine, Parked, _KindClock
+from megastow.engine import Engine, Parked
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
 from megastow.host import HostArena, HostRegion
@@ -156,7 +156,7 @@ class CopiesOnRankZeroOnly(Engine):
     Stands for de-duplicating data-parallel state under a distributed optimizer, where each rank has another shard.
     """
 
-    def _refill(self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock) -> None:
+    def _refill(self, plans: Mapping[StateKind, Sequence[Parked]], *details: Any) -> None:
         for parked in plans.get(StateKind.OPTIMIZER_STATES, ()) if torch.distributed.get_rank() else ():
             parked.host = None
-        super()._refill(plans, clock)
+        super()._refill(plans, *details)
