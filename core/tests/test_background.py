@@ -14,6 +14,7 @@ import torch
 from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, raw, run_python, snapshot
 
 from megastow import OffloadedError, Residency, TransferError, create_memory_manager, faults
+from megastow.device import CpuDevice
 from megastow.transport import Transport
 
 SECONDS = 30.0
@@ -141,7 +142,7 @@ def test_a_use_waits_for_what_is_on_its_way_back(trainer, use, monkeypatch):
     gate.open()
     thread.join(SECONDS)
     assert torch.equal(found[0], expected)
-    assert handle.done()
+    handle.wait(SECONDS)
     manager.close()
 
 
@@ -368,3 +369,80 @@ def test_workspaces_are_dropped_on_request_only(trainer, manager, monkeypatch):
     assert "Megatron's global memory buffer" in note
     assert "_cublas_workspace" in note
     assert "_multi_stream" not in note  # it was empty
+
+
+class KindByKind:
+    """Lets kinds arrive one by one: the first `number` at once, and the others when the gate is opened."""
+
+    def __init__(self, monkeypatch, number):
+        self.opened = threading.Event()
+        waits = itertools.count()
+
+        class Arrival:
+            def wait(arrival):
+                if next(waits) >= number:
+                    assert self.opened.wait(SECONDS), "nobody opened the gate"
+
+        monkeypatch.setattr(CpuDevice, "arrival", lambda device: Arrival())
+
+
+def test_a_forward_pass_waits_for_the_weights_only(trainer, manager, monkeypatch):
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    expected = raw(trainer.model(tokens))
+    manager.offload()
+    gate = KindByKind(monkeypatch, number=1)
+    handle = manager.onload(non_blocking=True)
+    assert torch.equal(raw(trainer.model(tokens)), expected)
+    assert not handle.done()
+    where = [manager.residency(kind) for kind in KINDS]
+    assert where == [Residency.RESIDENT, *[Residency.ONLOADING] * 3]
+    found = []
+    step = threading.Thread(target=lambda: found.append(trainer.optimizer.step()))
+    step.start()
+    step.join(0.2)
+    assert not found, "the step did not wait for the moments"
+    gate.opened.set()
+    step.join(SECONDS)
+    assert found == [None]
+    handle.wait(SECONDS)
+
+
+def test_forward_and_backward_go_on_while_the_optimizer_is_coming(trainer, manager, monkeypatch):
+    twin = Trainer()
+    twin.step()
+    twin.step()
+    for parameter in (*trainer.trained, *trainer.main):
+        parameter.grad = None  # no gradients are away, so none have to arrive
+    manager.offload()
+    gate = KindByKind(monkeypatch, number=1)
+    manager.onload(non_blocking=True)
+    losses = [each.backward(each.forward()) for each in (trainer, twin)]
+    assert torch.equal(*map(raw, losses))
+    assert manager.residency("main_weights") is Residency.ONLOADING
+    threading.Timer(0.1, gate.opened.set).start()
+    trainer.update()
+    twin.update()
+    assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
+
+
+def test_what_has_arrived_stays_when_the_rest_fails(trainer, manager):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    manager.offload()
+    with faults.inject("onload.confirm", lambda: RuntimeError("cable pulled"), after=2):
+        handle = manager.onload(non_blocking=True)
+        with pytest.raises(TransferError, match="main_weights, optimizer_states in host memory and weights, grad_buf"):
+            handle.wait(SECONDS)
+    where = [manager.residency(kind) for kind in KINDS]
+    assert where == [Residency.RESIDENT, Residency.OFFLOADED, Residency.OFFLOADED, Residency.RESIDENT]
+    trainer.model(torch.zeros(1, dtype=torch.long))
+    with pytest.raises(OffloadedError, match="main_weights, optimizer_states"):
+        trainer.optimizer.step()
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_an_onload_that_blocks_is_all_or_nothing(trainer, manager):
+    manager.offload()
+    with faults.inject("onload.confirm", lambda: RuntimeError("cable pulled"), after=2), pytest.raises(TransferError):
+        manager.onload()
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.OFFLOADED}

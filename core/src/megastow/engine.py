@@ -47,6 +47,9 @@ Permit = Callable[[int, int], None]
 """Asked before device memory is taken: the bytes of a storage, and all bytes of the move up to and with it. Returns
 when they may be taken; raises if they never can."""
 
+_ORDER_OF_USE = (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES)
+"""How a training step comes to the kinds: forward, backward, optimizer."""
+
 RegionKey = tuple[StateKind, bool]
 """What has a region of host memory to itself: a kind's lasting state, and what is transient of it."""
 
@@ -175,7 +178,10 @@ class Engine:
         return reports
 
     def onload(
-        self, kinds: Sequence[StateKind], permit: Permit | None = None
+        self,
+        kinds: Sequence[StateKind],
+        permit: Permit | None = None,
+        arrived: Callable[[StateKind], None] | None = None,
     ) -> tuple[dict[StateKind, KindReport], list[str]]:
         """Bring `kinds` back to the device; needs device memory for exactly what was released.
 
@@ -184,6 +190,8 @@ class Engine:
         Args:
             kinds: what to move; kinds that are here already are passed over.
             permit: asked before each storage is taken; may wait. Without it all has to be free at once.
+            arrived: called with each kind that is back, in the order in which a training step needs them. What has been
+                told stays, whatever happens to the others; without it, all of it comes back or nothing.
 
         Returns:
             A report for each kind, and notes.
@@ -192,11 +200,18 @@ class Engine:
             DeviceMemoryError: the device has not enough free memory; everything is in host memory as before.
             MegastowError: the move could not be made; everything is in host memory as before.
         """
-        moving = [k for k in kinds if k in self._parked]
+        moving = [k for k in _ORDER_OF_USE if k in kinds and k in self._parked]
         reports = {k: KindReport(k, moved=False) for k in kinds}
         notes: list[str] = []
         if not moving:
             return reports, notes
+
+        def tell(kind: StateKind) -> None:
+            assert arrived is not None
+            del self._parked[kind]
+            self._moving.pop(kind, None)
+            arrived(kind)
+
         with self._during("onload", moving, Residency.ONLOADING):
             for kind in moving:
                 orphans = [p for p in self._parked[kind] if p.is_orphan]
@@ -206,10 +221,10 @@ class Engine:
             self._device.synchronize()
             clock = _KindClock()
             entries = {kind: self._parked[kind] for kind in moving}
-            self._refill(entries, clock, permit)
+            self._refill(entries, clock, permit, None if arrived is None else tell)
             for kind in moving:
                 reports[kind] = _report(kind, entries[kind], clock.seconds[kind])
-                del self._parked[kind]
+                self._parked.pop(kind, None)
         return reports, notes
 
     def announce(self, kinds: Collection[StateKind], residency: Residency) -> None:
@@ -241,10 +256,12 @@ class Engine:
         except MegastowError:
             raise
         except Exception as error:
-            where = "in host memory" if any(k in self._parked for k in kinds) else "on the device"
+            places = {"in host memory": [k for k in kinds if k in self._parked]}
+            places["on the device"] = [k for k in kinds if k not in self._parked]
+            where = " and ".join(f"{', '.join(found)} {place}" for place, found in places.items() if found)
             raise TransferError(
                 f"{move} of {', '.join(kinds)} failed: {type(error).__name__}: {error}. "
-                f"All of it is {where}, and the call can be made again"
+                f"Nothing is lost, with {where}, and the call can be made again"
             ) from error
         finally:
             self.settle()
@@ -278,15 +295,16 @@ class Engine:
             self._parked.update(plans)
             on_their_way: deque[tuple[Parked, Arrival]] = deque()
             in_flight = 0
-            for parked in (p for entries in plans.values() for p in entries if p.host is not None):
-                on_their_way.append((parked, self._copy_out(parked, clock)))
-                in_flight += parked.nbytes
-                while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
-                    oldest, arrival = on_their_way.popleft()
-                    self._release(oldest, arrival, clock)
-                    in_flight -= oldest.nbytes
-            for parked, arrival in on_their_way:
-                self._release(parked, arrival, clock)
+            with self._device.copying():
+                for parked in (p for entries in plans.values() for p in entries if p.host is not None):
+                    on_their_way.append((parked, self._copy_out(parked, clock)))
+                    in_flight += parked.nbytes
+                    while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
+                        oldest, arrival = on_their_way.popleft()
+                        self._release(oldest, arrival, clock)
+                        in_flight -= oldest.nbytes
+                for parked, arrival in on_their_way:
+                    self._release(parked, arrival, clock)
             self._device.confirm()  # the clocks stop behind the last copy
             faults.point("offload.drop")
             self._drop(plans, clock)
@@ -304,7 +322,7 @@ class Engine:
     def _copy_out(self, parked: Parked, clock: _KindClock) -> Arrival:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
-        with self._device.copying(), clock.copying(parked.kind, self._device):
+        with clock.copying(parked.kind, self._device):
             self._transport.copy_out(parked.storage, parked.host)
             return self._device.arrival()
 
@@ -329,9 +347,17 @@ class Engine:
                         self.released_bytes += parked.nbytes
 
     def _refill(
-        self, plans: Mapping[StateKind, Sequence[Parked]], clock: _KindClock, permit: Permit | None = None
+        self,
+        plans: Mapping[StateKind, Sequence[Parked]],
+        clock: _KindClock,
+        permit: Permit | None = None,
+        arrived: Callable[[StateKind], None] | None = None,
     ) -> None:
-        """Take device memory for everything that was released, and fill it; all of it or nothing."""
+        """Take device memory for everything that was released, and fill it; all of it or nothing.
+
+        With `arrived` it is kind by kind: that is called with each whose bytes are all here, and a failure after it
+        undoes the other kinds only.
+        """
         for entries in plans.values():
             for parked in entries:
                 self._check_untouched(parked)
@@ -342,22 +368,30 @@ class Engine:
             if free is not None and needed > free:
                 raise _no_device_memory(plans, needed, free)
         taken: list[Parked] = []
+        arrivals: dict[StateKind, Arrival] = {}
         try:
-            incoming: Iterable[Parked] = self._take(released, taken, clock, permit)
-            if permit is None:
-                incoming = list(incoming)  # all at first: beside copies in flight, a driver allocates slowly
-            for parked in incoming:
-                with self._device.copying(), clock.copying(parked.kind, self._device):
-                    if parked.host is None:
-                        byte_view(parked.storage).zero_()
-                    else:
-                        self._transport.copy_in(parked.host, parked.storage)
-            faults.point("onload.confirm")
+            # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly.
+            for batch in [released] if permit is None else ([parked] for parked in released):
+                self._take(batch, taken, clock, permit)
+                with self._device.copying():
+                    for parked in batch:
+                        with clock.copying(parked.kind, self._device):
+                            self._copy_in(parked)
+                        arrivals[parked.kind] = self._device.arrival()
+            for kind, entries in plans.items():
+                faults.point("onload.confirm")
+                if kind in arrivals:
+                    arrivals[kind].wait()
+                if arrived is not None:
+                    for parked in entries:
+                        parked.released = False
+                    arrived(kind)
             self._device.confirm()
         except BaseException as error:
             self._settle()
             for parked in taken:
-                parked.storage.resize_(0)
+                if parked.released:
+                    parked.storage.resize_(0)
             self._device.release_cached()
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise _no_device_memory(plans, needed, self._device.free_bytes()) from error
@@ -366,20 +400,22 @@ class Engine:
             parked.released = False
 
     @staticmethod
-    def _take(
-        released: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None
-    ) -> Iterator[Parked]:
-        """Take device memory for one storage after the other, each when it is permitted."""
-        wanted = 0
-        for parked in released:
-            wanted += parked.nbytes
+    def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
+        """Take device memory for storages, each when it is permitted, and note which."""
+        for parked in batch:
             if permit is not None:
-                permit(parked.nbytes, wanted)
+                permit(parked.nbytes, sum(p.nbytes for p in taken) + parked.nbytes)
             with clock.running(parked.kind):
                 faults.point("onload.reserve")
                 taken.append(parked)
                 parked.storage.resize_(parked.nbytes)
-            yield parked
+
+    def _copy_in(self, parked: Parked) -> None:
+        """Queue the filling of a storage, with its bytes or with zeros."""
+        if parked.host is None:
+            byte_view(parked.storage).zero_()
+        else:
+            self._transport.copy_in(parked.host, parked.storage)
 
     def _settle(self) -> None:
         """Wait for copies of a failed move, so that nothing writes any more; what failed them is known already."""

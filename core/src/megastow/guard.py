@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -59,15 +60,21 @@ class _Gate:
     Attributes:
         away: the kinds that are away.
         arriving: the move that brings some of them back just now.
+        changed: notified when either has changed; held while the guard is between the two.
     """
 
     def __init__(self) -> None:
         self.away: set[StateKind] = set()
         self.arriving: Future[Any] | None = None
+        self.changed = threading.Condition()
 
-    def wait(self) -> BaseException | None:
-        """Wait until what is on its way has arrived; returns why it has not."""
-        return None if self.arriving is None else self.arriving.exception()
+    def wait(self, kinds: Set[StateKind]) -> BaseException | None:
+        """Wait until none of `kinds` is on its way any more; returns what the move failed with, if it did."""
+        with self.changed:
+            arriving = self.arriving
+            self.changed.wait_for(lambda: self.arriving is None or not self.away & kinds)
+            arrived = not self.away & kinds
+        return None if arriving is None or arrived else arriving.exception()
 
 
 class Guard:
@@ -92,9 +99,13 @@ class Guard:
             calls: lists what touches them.
             arriving: a move that brings some back just now; blocked calls wait for it before they refuse.
         """
-        self._gate.arriving = arriving
-        if self._is_settled and away == self._gate.away:
-            return
+        with self._gate.changed:
+            self._gate.arriving = arriving
+            if not (self._is_settled and away == self._gate.away):
+                self._replace(away, calls)
+            self._gate.changed.notify_all()
+
+    def _replace(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCalls]]) -> None:
         needed = list(calls()) if away else []
         self._is_settled = False
         self._gate.away.difference_update(self._gate.away - away)
@@ -193,7 +204,7 @@ class Blocked:
         self.missing: dict[_Gate, frozenset[StateKind]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        errors = [gate.wait() for gate in list(self.missing)]
+        errors = [gate.wait(kinds) for gate, kinds in list(self.missing.items())]
         if not self.missing:  # all has arrived, and the method stands where it did
             if self._method == _DEEPCOPY:  # which few have themselves
                 return copy.deepcopy(self._owner, *args)
@@ -222,7 +233,7 @@ class _BackwardWatch:
 
     def _on_gradient(self, _gradient: torch.Tensor) -> None:
         if self._gate.away & _BACKWARD_KINDS:
-            error = self._gate.wait()
+            error = self._gate.wait(_BACKWARD_KINDS)
             if missing := self._gate.away & _BACKWARD_KINDS:
                 _refuse("backward", missing, error)
 

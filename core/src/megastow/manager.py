@@ -266,8 +266,10 @@ class MemoryManager:
             beside: an offload under way of another manager on the device. Memory is then taken as that one gives it
                 back, and both directions of the link are busy at once; see `megastow.swap`.
             window_bytes: how much more than that offload has given back may be taken; the extra device memory.
-            non_blocking: return at once, and move in a thread of its own. Calls that touch the kinds meanwhile wait
-                until all of the move has arrived. Errors are raised by the handle's `wait`, and logged.
+            non_blocking: return at once, and move in a thread of its own. A call that touches kinds on their way waits
+                for those, and goes on while the others are coming: first the weights, then the gradients, the main
+                weights, and the optimizer states. A kind that has arrived stays, also if the move fails after it.
+                Errors are raised by the handle's `wait`, and logged.
 
         Raises:
             DeviceMemoryError: not enough free device memory; everything is still safe on the host, and a repeated call
@@ -279,7 +281,7 @@ class MemoryManager:
 
         def act(move: _Move) -> None:
             permit = make_permit(self._device.free_bytes, wait_for_memory, beside, window_bytes)
-            reports, notes = self._engine.onload(wanted, permit)
+            reports, notes = self._engine.onload(wanted, permit, self._let_through if non_blocking else None)
             move.kinds.update(reports)
             move.notes.extend(notes)
 
@@ -476,6 +478,10 @@ class MemoryManager:
         """Bring the guard in line with where things are. Doing it again is fine."""
         self._engine.settle()
         self._guard_what_is_away()
+
+    def _let_through(self, _kind: StateKind) -> None:
+        """A kind has arrived while others are on their way."""
+        self._guard_what_is_away(arriving=self._pending)
 
     def _guard_what_is_away(self, arriving: Future[TransferReport] | None = None) -> None:
         away = frozenset(k for k in ALL_KINDS if self._engine.residency(k) is not Residency.RESIDENT)
