@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from megastow import TransferHandle
 from megastow import swap as swap_places
 from megastow.report import format_bytes
 from megastow_conformance.bench import baselines
 from megastow_conformance.bench.registry import NotAvailable, row
 from megastow_conformance.bench.result import Figure, Goal, Spread, Unit
 from megastow_conformance.bench.sampling import Sampler
-from megastow_conformance.bench.session import STEPS, Session
+from megastow_conformance.bench.session import PHASE_SECONDS, STEPS, Session
 
 _CUDA_TENSORS, _CPU_TENSORS = 20_000, 300
 _SMALLEST, _LARGEST = 4 << 10, 4 << 20
@@ -233,8 +234,33 @@ def replicas(session: Session) -> Iterator[Figure]:
     {"first forward": Goal(1.15, at_most=True)},
 )
 def overlap(session: Session) -> Iterator[Figure]:
-    """Not built yet."""
-    raise NotAvailable("not built in this version")
+    """From the call of `onload(non_blocking=True)` to the end of a forward pass that begins at once."""
+    tenant = session.settled()
+    manager = tenant.manager
+    tenant.subject.forward()
+    forward = Spread.of(session.repeated(lambda: session.timed(tenant.subject.forward)[0]))
+
+    def onload_and_forward() -> TransferHandle:
+        handle = manager.onload(non_blocking=True)
+        tenant.subject.forward()
+        return handle
+
+    def cycle() -> tuple[float, float]:
+        manager.offload()
+        time.sleep(PHASE_SECONDS)
+        seconds, handle = session.timed(onload_and_forward)
+        transfer = handle.wait().seconds
+        tenant.check()
+        return seconds, transfer
+
+    cycles = session.repeated(cycle)
+    ratios = Spread.of(seconds / max(transfer, forward.median) for seconds, transfer in cycles)
+    seconds = Spread.of(seconds for seconds, _ in cycles)
+    yield Figure("first forward", ratios, against="the longer of onload and forward", seconds=seconds)
+    onload = Spread.of(transfer for _, transfer in cycles)
+    session.note(
+        f"the forward pass alone takes {forward.median:.3f} s; the onload beside it took {onload.median:.3f} s"
+    )
 
 
 def _memory(name: str, nbytes: int, seconds: float | None = None) -> Figure:

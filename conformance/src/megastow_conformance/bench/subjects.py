@@ -50,6 +50,10 @@ class TrainerSubject:
         self._trainer.train_step(self._num_steps)
         self._num_steps += 1
 
+    def forward(self) -> None:
+        """The forward passes of a step, without gradients; waits for their end."""
+        self._trainer.evaluate(self._num_steps)
+
     @property
     def model(self) -> Any:
         """The DDP chunks."""
