@@ -53,6 +53,10 @@ class Device(ABC):
         """Wait for all work on every stream of the device; errors of earlier work surface here."""
 
     @abstractmethod
+    def synchronize_stream(self) -> None:
+        """Wait for the work on the caller's stream only; errors of earlier work surface here."""
+
+    @abstractmethod
     def memory(self) -> MemoryFigures:
         """Memory in use now."""
 
@@ -127,6 +131,9 @@ class CpuDevice(Device):
     def synchronize(self) -> None:
         pass
 
+    def synchronize_stream(self) -> None:
+        pass
+
     def memory(self) -> MemoryFigures:
         return MemoryFigures(None, None, machine.resident_bytes())
 
@@ -196,6 +203,9 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
+
+    def synchronize_stream(self) -> None:
+        torch.cuda.current_stream(self.torch_device).synchronize()
 
     def memory(self) -> MemoryFigures:
         free, total = torch.cuda.mem_get_info(self.torch_device)

@@ -143,7 +143,12 @@ class Engine:
         return self._arena.nbytes
 
     def offload(
-        self, inventory: Callable[[], Inventory], kinds: Sequence[StateKind], *, keep_grads: bool
+        self,
+        inventory: Callable[[], Inventory],
+        kinds: Sequence[StateKind],
+        *,
+        keep_grads: bool,
+        give_back: bool = True,
     ) -> dict[StateKind, KindReport]:
         """Move `kinds` to the host and release their device memory.
 
@@ -154,6 +159,7 @@ class Engine:
             inventory: makes the inventory; called anew after a packing, which changes what lies where.
             kinds: what to move; kinds that are away already are passed over.
             keep_grads: copy gradient buffers too.
+            give_back: hand the memory back to the driver; otherwise torch's allocator keeps it.
 
         Raises:
             MegastowError: the move could not be made; everything is on the device as before.
@@ -173,6 +179,8 @@ class Engine:
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
             self._move_out(plans, clock)
+            if give_back:
+                self._device.release_cached()
             for kind, entries in plans.items():
                 reports[kind] = _report(kind, entries, clock.seconds[kind])
         return reports
@@ -185,7 +193,7 @@ class Engine:
     ) -> tuple[dict[StateKind, KindReport], list[str]]:
         """Bring `kinds` back to the device; needs device memory for exactly what was released.
 
-        Synchronises with the device before and after.
+        Synchronises with the caller's stream before, and with its own copies after.
 
         Args:
             kinds: what to move; kinds that are here already are passed over.
@@ -218,7 +226,7 @@ class Engine:
                 if orphans:
                     notes.append(f"{len(orphans)} storages of {kind} were dropped by their owners while away")
                     self._parked[kind] = [p for p in self._parked[kind] if not p.is_orphan]
-            self._device.synchronize()
+            self._device.synchronize_stream()  # not the device: it is busy with copies of whoever makes room
             clock = _KindClock()
             entries = {kind: self._parked[kind] for kind in moving}
             self._refill(entries, clock, permit, None if arrived is None else tell)
@@ -317,7 +325,6 @@ class Engine:
             for kind in plans:
                 self._parked.pop(kind, None)
             raise
-        self._device.release_cached()
 
     def _copy_out(self, parked: Parked, clock: _KindClock) -> Arrival:
         """Queue the copy of a storage; what to wait for."""

@@ -175,6 +175,7 @@ class MemoryManager:
         *kinds: KindLike,
         keep_grads: bool = False,
         release_workspaces: bool = False,
+        give_back: bool = True,
         non_blocking: Literal[False] = False,
     ) -> TransferReport: ...
 
@@ -184,6 +185,7 @@ class MemoryManager:
         *kinds: KindLike,
         keep_grads: bool = False,
         release_workspaces: bool = False,
+        give_back: bool = True,
         non_blocking: Literal[True],
     ) -> TransferHandle: ...
 
@@ -192,6 +194,7 @@ class MemoryManager:
         *kinds: KindLike,
         keep_grads: bool = False,
         release_workspaces: bool = False,
+        give_back: bool = True,
         non_blocking: bool = False,
     ) -> TransferReport | TransferHandle:
         """Copy kinds to host memory and release their device memory; all kinds if none is named.
@@ -204,6 +207,8 @@ class MemoryManager:
             keep_grads: copy gradient buffers as well, to go on in the middle of an accumulation.
             release_workspaces: also drop what Megatron, Transformer Engine and cuBLAS keep on the device for reuse;
                 the next step makes it anew.
+            give_back: hand the memory back to the driver at the end. Without it, torch's allocator keeps it: for
+                another tenant of this process, which then has it faster.
             non_blocking: return at once, and move in a thread of its own. The kinds are guarded from the return on.
                 Errors are raised by the handle's `wait`, and logged.
 
@@ -222,7 +227,9 @@ class MemoryManager:
                 self._trainer.quiesce(moving, keep_grads=keep_grads)
             if release_workspaces:
                 move.notes.append(self._release_workspaces())
-            move.kinds.update(self._engine.offload(self._trainer.inventory, wanted, keep_grads=keep_grads))
+            inventory = self._trainer.inventory
+            reports = self._engine.offload(inventory, wanted, keep_grads=keep_grads, give_back=give_back)
+            move.kinds.update(reports)
 
         return self._run("offload", wanted, act, non_blocking)
 
@@ -286,6 +293,10 @@ class MemoryManager:
             move.notes.extend(notes)
 
         return self._run("onload", wanted, act, non_blocking)
+
+    def release_cached(self) -> None:
+        """Hand memory that torch's allocator keeps, and nobody uses, back to the driver; for `give_back=False`."""
+        self._device.release_cached()
 
     @contextlib.contextmanager
     def offloaded(self, *kinds: KindLike, keep_grads: bool = False) -> Iterator[TransferReport]:

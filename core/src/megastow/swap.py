@@ -36,10 +36,12 @@ def swap(
     """
     leaves = _kinds(leaving, Residency.RESIDENT)
     comes = _kinds(coming, Residency.OFFLOADED)
-    out = leaving.offload(non_blocking=True)
+    out = leaving.offload(non_blocking=True, give_back=False)  # a driver waits for copies in flight before it frees
     try:
         arrived = coming.onload(beside=out, window_bytes=window_bytes)
-        return out.wait(), arrived
+        gone = out.wait()
+        leaving.release_cached()
+        return gone, arrived
     except BaseException:
         with contextlib.suppress(Exception):
             out.wait()
