@@ -12,7 +12,7 @@ from megastow.engine import Engine, Parked
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
 from megastow.host import HostArena, HostRegion
-from megastow.state import ALL_KINDS, Inventory, StateKind
+from megastow.state import ALL_KINDS, Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, byte_view
 from megastow.transport import HostSlice, Transport
 from megastow_conformance.gallery.exhibit import breaks
@@ -128,6 +128,18 @@ class PreparesOverWhatIsAway(Engine):
     def needed(self, inventory: Inventory, kinds: Iterable[StateKind]) -> dict[tuple[StateKind, bool], int]:
         away = {(kind, False): 8 for kind in kinds if kind in self._parked}
         return {**super().needed(inventory, list(kinds)), **away}
+
+
+@breaks("training")
+class CallsItHereTooSoon(Engine):
+    """Takes what is on its way back for something that is back.
+
+    Stands for a copy that is queued on another stream, and a flag that is set behind the queueing.
+    """
+
+    def residency(self, kind: StateKind) -> Residency:
+        found = super().residency(kind)
+        return Residency.RESIDENT if found is Residency.ONLOADING else found
 
 
 @breaks("guard")
