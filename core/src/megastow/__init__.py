@@ -19,6 +19,7 @@ from megastow.errors import (
 from megastow.handle import TransferHandle
 from megastow.manager import MemoryManager, create_memory_manager, create_trainer_memory_manager
 from megastow.megatron import MegatronInfo, detect_megatron
+from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, MemoryFigures, TransferReport
 from megastow.state import Residency, StateKind
 from megastow.swap import swap
@@ -34,12 +35,14 @@ __all__ = [
     "HostMemoryError",
     "InvalidArgumentError",
     "InvalidTypeError",
+    "KindPlan",
     "KindReport",
     "ManagerClosedError",
     "MegastowError",
     "MegatronInfo",
     "MemoryFigures",
     "MemoryManager",
+    "MovePlan",
     "OffloadedError",
     "Residency",
     "StateChangedError",

@@ -27,11 +27,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megastow import faults
+from megastow import faults, machine
 from megastow.device import Arrival, Device, Stopwatch
 from megastow.errors import DeviceMemoryError, MegastowError, StateChangedError, TransferError
 from megastow.flat import FlatTensors
 from megastow.host import HostArena, align_up
+from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, format_bytes
 from megastow.state import Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, belongs_to, byte_view, find_storages, storage_id
@@ -116,6 +117,25 @@ class Engine:
         """The storages of `kinds` on the device; raises for what could not be moved."""
         away = {storage_id(p.storage) for entries in self._parked.values() for p in entries}
         return find_storages(inventory, kinds, away)
+
+    def plan(self, inventory: Inventory, kinds: Sequence[StateKind], *, keep_grads: bool) -> MovePlan:
+        """What an offload of `kinds` would give and take now; changes nothing.
+
+        Raises:
+            MegastowError: something of `kinds` could not be moved.
+        """
+        here = [kind for kind in kinds if not self.is_away(kind)]
+        records = self.find(inventory, here)
+        entries = {kind: _as_planned(kind, self.residency(kind), records, keep_grads) for kind in kinds}
+        away = [kind for kind in kinds if self.is_away(kind)]
+        entries.update({kind: _as_parked(kind, self.residency(kind), self._parked[kind]) for kind in away})
+        return MovePlan(
+            entries,
+            new_host_bytes=max(0, self._arena.missing(_host_sizes(records, keep_grads))),
+            packing_bytes=self._flat.most_extra_bytes(records),
+            limits=machine.host_limits(),
+            numa_node=self._device.numa_node(),
+        )
 
     # --- moves ---------------------------------------------------------------------------------------------------
 
@@ -482,6 +502,22 @@ def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool) -> dict[Regi
             key = _region_key(record)
             sizes[key] = sizes.get(key, 0) + align_up(record.nbytes)
     return sizes
+
+
+def _as_planned(kind: StateKind, residency: Residency, records: Iterable[StorageRecord], keep_grads: bool) -> KindPlan:
+    mine = [record for record in records if record.kind is kind]
+    return KindPlan(
+        kind,
+        residency,
+        num_tensors=sum(len(r.tensors) for r in mine),
+        device_bytes=sum(r.nbytes for r in mine),
+        host_bytes=sum(align_up(r.nbytes) for r in mine if r.keep or keep_grads),
+    )
+
+
+def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked]) -> KindPlan:
+    report = _report(kind, entries, seconds=0.0)
+    return KindPlan(kind, residency, report.num_tensors, report.device_bytes, report.host_bytes)
 
 
 def _report(kind: StateKind, entries: Sequence[Parked], seconds: float) -> KindReport:

@@ -106,6 +106,11 @@ class FlatTensors:
             logger.debug("packed %d storages into device buckets of at most %d bytes", packed, self._bucket_bytes)
         return packed
 
+    def most_extra_bytes(self, records: Iterable[StorageRecord]) -> int:
+        """The most extra device memory that packing these would take at a time; 0 if there is nothing to pack."""
+        groups = self._fill([r for r in records if self._is_candidate(r)])
+        return max((sum(align_up(run.nbytes) for r in group for run in _live_runs(r)) for group in groups), default=0)
+
     def _is_candidate(self, record: StorageRecord) -> bool:
         if not record.keep or record.transient:
             return False

@@ -128,11 +128,15 @@ class HostArena:
         Raises:
             HostMemoryError: the machine cannot give that much.
         """
-        with self._lock:
-            held = {key: region.nbytes for key, region in self._regions.items()}
-        missing = sum(align_up(nbytes, machine.PAGE_BYTES) - held.get(key, 0) for key, nbytes in sizes.items())
+        missing = self.missing(sizes)
         if missing > 0:
             check_host_memory(missing)
+
+    def missing(self, sizes: Mapping[Any, int]) -> int:
+        """Host bytes that reserving all of these would take beyond what is held; negative if it gives some back."""
+        with self._lock:
+            held = {key: region.nbytes for key, region in self._regions.items()}
+        return sum(align_up(nbytes, machine.PAGE_BYTES) - held.get(key, 0) for key, nbytes in sizes.items())
 
     def reserve(self, key: Hashable, nbytes: int) -> HostRegion:
         """The region of `key`, with room for exactly `nbytes` (whole pages).
@@ -169,24 +173,36 @@ class HostArena:
 def check_host_memory(nbytes: int) -> None:
     """See that `nbytes` more can be had by this process, and as much by every process of the job on this host.
 
-    The second is held against the machine's whole memory: other ranks may have taken theirs already, and counting
-    them twice would refuse what fits.
-
     Raises:
         HostMemoryError: it cannot, with the figures.
     """
-    limits = machine.host_limits()
+    problem = shortage(nbytes, machine.host_limits())
+    if problem is not None:
+        raise HostMemoryError(f"{problem}; nothing was moved. {_REMEDY}")
+
+
+_REMEDY = "Leave more memory to the job, raise the limit, or offload fewer kinds"
+
+
+def shortage(nbytes: int, limits: machine.HostLimits) -> str | None:
+    """Why `nbytes` more cannot be had by this process, and as much by every process of the job on this host.
+
+    The second is held against the machine's whole memory: other ranks may have taken theirs already, and counting
+    them twice would refuse what fits.
+
+    Returns:
+        The reason, with the figures; None if it can be had.
+    """
     everyone = nbytes * limits.local_ranks
     if nbytes <= limits.available_bytes and everyone <= limits.total_bytes:
-        return
+        return None
     group = limits.cgroup
     others = f" and {format_bytes(everyone)} in all {limits.local_ranks} processes of this host"
-    raise HostMemoryError(
+    return (
         f"an offload needs {format_bytes(nbytes)} of host memory in this process"
         + (others if limits.local_ranks > 1 else "")
         + f", but {format_bytes(limits.available_bytes)} of {format_bytes(limits.total_bytes)} can be had"
         + (f" (control group {group.path} is limited to {format_bytes(group.limit_bytes)})" if group else "")
-        + "; nothing was moved. Leave more memory to the job, raise the limit, or offload fewer kinds"
     )
 
 

@@ -20,6 +20,7 @@ from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
 from megastow.errors import InvalidArgumentError, InvalidTypeError, ManagerClosedError
 from megastow.guard import Guard
 from megastow.handle import DEFAULT_WINDOW_BYTES, TransferHandle, make_permit
+from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kinds
@@ -166,6 +167,21 @@ class MemoryManager:
             InvalidArgumentError: there is no such kind.
         """
         return self._engine.residency(parse_kinds([kind])[0])
+
+    def plan(self, *kinds: KindLike, keep_grads: bool = False) -> MovePlan:
+        """What offloading kinds would give and take, on this rank and on all ranks of this host; all if none is named.
+
+        Nothing is moved, and no memory is taken. The plan is for the state as it is now: before the first optimizer
+        step there are no moments yet. Waits for a move in the background.
+
+        Raises:
+            UnsupportedLayoutError: state was found that cannot be moved.
+            ManagerClosedError: the manager is closed.
+        """
+        wanted = parse_kinds(kinds)
+        with self._exclusive():
+            self._check_open()
+            return self._engine.plan(self._trainer.inventory(), wanted, keep_grads=keep_grads)
 
     # --- moves ---------------------------------------------------------------------------------------------------
 

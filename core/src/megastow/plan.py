@@ -1,0 +1,107 @@
+"""What an offload would take, said before anything moves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megastow.host import shortage
+from megastow.machine import HostLimits
+from megastow.report import format_bytes
+from megastow.state import Residency, StateKind
+
+
+@dataclass(frozen=True)
+class KindPlan:
+    """What one kind would give and take.
+
+    Attributes:
+        kind: the kind.
+        residency: where it is now.
+        num_tensors: tensors that the inventory lists on its storages.
+        device_bytes: device memory that an offload would release; what an onload would take, if the kind is away.
+        host_bytes: host memory that its copy takes, each storage rounded up to 512 bytes; 0 for what is not copied.
+    """
+
+    kind: StateKind
+    residency: Residency
+    num_tensors: int
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True)
+class MovePlan:
+    """What offloading some kinds would give and take, on this rank and on all ranks of this host.
+
+    Attributes:
+        kinds: one entry for each kind that the call named.
+        new_host_bytes: host memory that would be taken beyond what the manager holds for these kinds already.
+        packing_bytes: the most extra device memory, while small storages are packed: at the first offload only.
+        limits: what the machine can give, as it was when the plan was made.
+        numa_node: the NUMA node that the device hangs on, where the host memory is put; None if unknown.
+    """
+
+    kinds: Mapping[StateKind, KindPlan]
+    new_host_bytes: int
+    packing_bytes: int
+    limits: HostLimits
+    numa_node: int | None
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that an offload of those kinds that are here would release."""
+        return sum(k.device_bytes for k in self.kinds.values() if k.residency is Residency.RESIDENT)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that holds the copies of all these kinds."""
+        return sum(k.host_bytes for k in self.kinds.values())
+
+    @property
+    def problem(self) -> str | None:
+        """Why the host cannot give that much, with the figures; None if it can. An offload would refuse with it."""
+        return shortage(self.new_host_bytes, self.limits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in plain types that `json` takes."""
+        kinds = {
+            str(kind): {**dataclasses.asdict(entry), "kind": str(kind), "residency": str(entry.residency)}
+            for kind, entry in self.kinds.items()
+        }
+        return {
+            "kinds": kinds,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "new_host_bytes": self.new_host_bytes,
+            "new_host_bytes_of_all_ranks": self.new_host_bytes * self.limits.local_ranks,
+            "packing_bytes": self.packing_bytes,
+            "limits": dataclasses.asdict(self.limits),
+            "numa_node": self.numa_node,
+            "problem": self.problem,
+        }
+
+    def __str__(self) -> str:
+        limits = self.limits
+        memlock = "no limit" if limits.memlock_bytes is None else format_bytes(limits.memlock_bytes)
+        everyone = format_bytes(self.new_host_bytes * limits.local_ranks)
+        available = f"{format_bytes(limits.available_bytes)} of {format_bytes(limits.total_bytes)}"
+        node = "unknown" if self.numa_node is None else self.numa_node
+        lines = [
+            f"{entry.kind} ({entry.residency}): {entry.num_tensors} tensors, {format_bytes(entry.device_bytes)} on the "
+            f"device, {format_bytes(entry.host_bytes)} on the host"
+            for entry in self.kinds.values()
+        ]
+        lines.append(
+            f"releases {format_bytes(self.device_bytes)} of device memory, and takes "
+            f"{format_bytes(self.new_host_bytes)} of host memory more; while packing, "
+            f"{format_bytes(self.packing_bytes)} of device memory"
+        )
+        lines.append(
+            f"all {limits.local_ranks} ranks of this host: {everyone}; available {available}, memlock {memlock}, "
+            f"NUMA node {node}"
+        )
+        lines.append(self.problem or "the host can give that")
+        return "\n".join(lines)
