@@ -8,13 +8,24 @@ import sys
 import textwrap
 import threading
 import types
+from concurrent.futures import Future
 
 import pytest
 import torch
 from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, raw, run_python, snapshot
 
-from megastow import OffloadedError, Residency, TransferError, create_memory_manager, faults
+from megastow import (
+    DeviceMemoryError,
+    OffloadedError,
+    Residency,
+    StateChangedError,
+    StateKind,
+    TransferError,
+    create_memory_manager,
+    faults,
+)
 from megastow.device import CpuDevice
+from megastow.guard import Blocked, Guard, GuardedCalls, call_table
 from megastow.transport import Transport
 
 SECONDS = 30.0
@@ -446,3 +457,185 @@ def test_an_onload_that_blocks_is_all_or_nothing(trainer, manager):
     with faults.inject("onload.confirm", lambda: RuntimeError("cable pulled"), after=2), pytest.raises(TransferError):
         manager.onload()
     assert {manager.residency(kind) for kind in KINDS} == {Residency.OFFLOADED}
+
+
+def test_a_guard_is_never_open_while_it_changes(trainer, manager):
+    """Whatever comes and goes, a step needs what is still away at each moment, and another thread may ask at any."""
+    manager.offload()
+    seen, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            if not isinstance(vars(trainer.optimizer).get("step"), Blocked):
+                seen.append("open")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for _ in range(30):
+            manager.onload("weights", "grad_buffers", non_blocking=True).wait(SECONDS)
+            manager.offload("weights", "grad_buffers", non_blocking=True).wait(SECONDS)
+    finally:
+        stop.set()
+        thread.join(SECONDS)
+        sys.setswitchinterval(interval)
+    assert not seen
+
+
+def test_a_call_that_is_interrupted_while_its_thread_starts_moves_nothing(trainer, manager, monkeypatch):
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.offload(non_blocking=True)
+    monkeypatch.undo()
+    manager.wait()
+    for thread in threading.enumerate():
+        if thread.name.startswith("megastow"):
+            thread.join(SECONDS)
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.RESIDENT}
+    assert "forward" not in vars(trainer.model)
+    trainer.model(torch.zeros(1, dtype=torch.long))
+    manager.offload(non_blocking=True).wait(SECONDS)
+
+
+def test_a_second_manager_of_what_is_just_leaving_is_refused(trainer, manager, monkeypatch):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    other = make(trainer)
+    gate = Gate(monkeypatch, "copy_out")
+    handle = manager.offload(non_blocking=True)
+    gate.wait()
+    with pytest.raises(StateChangedError, match="by another manager"):
+        other.offload()
+    gate.open()
+    handle.wait(SECONDS)
+    with pytest.raises(StateChangedError):
+        other.offload()
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+    other.offload()
+    other.close()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_an_offload_that_could_be_neither_made_nor_undone_is_finished_by_the_next(trainer, manager):
+    before = snapshot(trainer.tensors())
+    with (
+        faults.inject("offload.release", lambda: RuntimeError("no"), after=2),
+        faults.inject("onload.reserve", lambda: RuntimeError("taken")),
+        pytest.raises(TransferError, match="taken"),
+    ):
+        manager.offload(keep_grads=True)
+    left = device_bytes(moved(trainer.tensors()))
+    assert left > 0
+    assert manager.offload(keep_grads=True).device_bytes == left
+    assert device_bytes(moved(trainer.tensors())) == 0
+    assert manager.offload(keep_grads=True).device_bytes == 0
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+
+
+def test_waiters_are_told_when_a_guard_cannot_be_changed():
+    guard, arriving, owner = Guard(), Future(), torch.nn.Linear(2, 2)
+    calls = GuardedCalls(owner, call_table(((StateKind.WEIGHTS,), "forward")))
+    guard.update({StateKind.WEIGHTS}, lambda: [calls], arriving)
+    failed = []
+
+    def use():
+        try:
+            owner.forward(torch.ones(2))
+        except OffloadedError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join(0.1)
+
+    def broken():
+        raise RuntimeError("the adapter failed")
+
+    with pytest.raises(RuntimeError):
+        guard.update({StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS}, broken)
+    arriving.set_exception(RuntimeError("and so did the move"))
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+    assert "and so did the move" in str(failed[0].__cause__)
+    guard.close()
+
+
+def test_a_failed_move_keeps_nothing_alive(trainer, manager):
+    def owners():
+        return [torch._C._storage_Use_Count(main.untyped_storage()._cdata) for main in trainer.main]
+
+    manager.offload()
+    manager.onload()
+    before = owners()
+    with faults.inject("offload.release", lambda: RuntimeError("no"), after=2):
+        handle = manager.offload(non_blocking=True)
+        with pytest.raises(TransferError):
+            handle.wait(SECONDS)
+    assert owners() == before
+
+
+def test_a_block_brings_back_what_leaves_in_the_background_at_its_end(trainer, manager):
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    with manager.offloaded():
+        manager.onload()
+        manager.offload(non_blocking=True)
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.RESIDENT}
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_weights_are_there_while_the_others_still_wait_for_memory(trainer, manager, monkeypatch):
+    manager.offload()
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    weights = len(manager._engine._parked[StateKind.WEIGHTS])
+    free = iter([1 << 40] * weights)
+    monkeypatch.setattr(CpuDevice, "free_bytes", lambda device: next(free, 0))
+    handle = manager.onload(wait_for_memory=0.5, non_blocking=True)
+    trainer.model(tokens)
+    assert not handle.done()
+    with pytest.raises(DeviceMemoryError):
+        handle.wait(SECONDS)
+    assert manager.residency("weights") is Residency.RESIDENT
+    assert manager.residency("optimizer_states") is Residency.OFFLOADED
+    monkeypatch.undo()
+    manager.onload()
+
+
+def test_a_handle_keeps_its_figure(manager):
+    handle = manager.offload(non_blocking=True)
+    handle.wait(SECONDS)
+    released = handle.released_bytes
+    back = manager.onload(non_blocking=True)
+    back.wait(SECONDS)
+    manager.offload()
+    assert handle.released_bytes == released > 0
+    assert back.released_bytes == 0
+
+
+def test_a_wrapper_put_around_a_blocked_method_ends_in_the_method(trainer, manager):
+    tokens = torch.zeros(1, 2, dtype=torch.long)
+    expected = raw(trainer.model(tokens))
+    manager.offload("weights")
+    inner = trainer.model.forward
+    trainer.model.forward = lambda tokens: inner(tokens)
+    with pytest.raises(OffloadedError):
+        trainer.model.forward(tokens)
+    manager.offload("optimizer_states")  # blocks the wrapper, too
+    with pytest.raises(OffloadedError):
+        trainer.model.forward(tokens)
+    manager.onload()
+    assert torch.equal(raw(trainer.model(tokens)), expected)
+
+
+def test_zeroing_gradients_of_a_module_needs_them(trainer, manager):
+    with manager.offloaded("grad_buffers"), pytest.raises(OffloadedError, match="zero_grad of Net needs grad_buffers"):
+        trainer.model.zero_grad(set_to_none=False)
+    trainer.model.zero_grad(set_to_none=False)

@@ -425,3 +425,41 @@ def test_a_module_without_an_optimizer_has_all_kinds():
         assert manager.residency("optimizer_states") is Residency.OFFLOADED
         assert model.weight.untyped_storage().nbytes() == 0
     assert torch.equal(before, raw(model.weight))
+
+
+def test_a_preparation_that_is_interrupted_is_waited_for_by_the_next_move(trainer, monkeypatch):
+    """Else it would go on beside the move, and replace memory in which bytes lie by then."""
+    before = snapshot(trainer.tensors())
+    manager = make(trainer)
+    go_on = threading.Event()
+    reserve = manager._engine.reserve
+    monkeypatch.setattr(manager._engine, "reserve", lambda sizes: go_on.wait(30) and reserve(sizes))
+
+    def interrupted(future, timeout=None):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("concurrent.futures.Future.exception", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.prepare(wait=True)
+    trainer.model.register_buffer("more", torch.ones(5000))  # another size than was prepared
+    threading.Timer(0.2, go_on.set).start()
+    manager.offload(keep_grads=True)
+    manager.onload()
+    del trainer.model.more
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
+def test_a_preparation_whose_thread_cannot_be_started_stops_nothing(trainer, monkeypatch):
+    manager = make(trainer)
+
+    def cannot(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", cannot)
+    with pytest.raises(RuntimeError, match="can't start"):
+        manager.prepare()
+    monkeypatch.undo()
+    manager.offload()
+    manager.close()

@@ -157,3 +157,18 @@ def test_an_offload_tells_how_much_it_has_released(tenants, monkeypatch):
     handle.wait(30)
     assert handle.released_bytes == whole
     assert here.manager.onload(non_blocking=True).released_bytes == 0
+
+
+def test_gradients_that_were_kept_survive_a_swap_that_fails(tenants):
+    here, away = tenants
+    away.manager.onload()
+    away.trainer.backward(away.trainer.forward())
+    grads = snapshot(away.trainer.tensors(["grad_buffers"]))
+    assert grads
+    away.manager.offload(keep_grads=True)
+    with faults.inject("offload.drop", lambda: RuntimeError("cable pulled")), pytest.raises(TransferError):
+        swap(here.manager, away.manager)
+    assert here.is_here()
+    assert not away.is_here()
+    away.manager.onload()
+    assert_same(grads, snapshot(away.trainer.tensors(["grad_buffers"])))

@@ -30,7 +30,7 @@ def named_modules(model: Sequence[torch.nn.Module]) -> NamedModules:
             return
         seen.add(id(module))
         found.append((path, module))
-        for name, child in module._modules.items():
+        for name, child in list(module._modules.items()):
             if child is not None:
                 walk(f"{path}.{name}" if path else name, child)
 
@@ -43,7 +43,7 @@ def parameters_of(modules: NamedModules) -> Iterator[tuple[str, torch.nn.Paramet
     """The parameters of modules, each once."""
     seen: set[int] = set()
     for path, module in modules:
-        for name, parameter in module._parameters.items():
+        for name, parameter in list(module._parameters.items()):
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield f"{path}.{name}" if path else name, parameter
@@ -98,7 +98,7 @@ def add_modules(inventory: Inventory, modules: NamedModules) -> None:
     for path, module in modules:
         attributes = vars(module)
         for table in ("_parameters", "_buffers"):
-            for name, tensor in attributes[table].items():
+            for name, tensor in list(attributes[table].items()):
                 group.add(f"{path}.{name}" if path else name, tensor)
         for name, value in tensor_attributes(module):
             if _storage_of(value) not in listed:
@@ -113,7 +113,7 @@ def add_attributes(group: TensorGroup, path: str, owner: object) -> None:
 
 def tensor_attributes(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
     """Attributes that are tensors with memory; what the owner has emptied itself is passed over."""
-    for name, value in vars(owner).items():
+    for name, value in list(vars(owner).items()):  # a list, for another thread may set attributes meanwhile
         if isinstance(value, torch.Tensor) and _has_bytes(value):
             yield name, value
 
@@ -134,8 +134,8 @@ def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer) -
 
     `step` counters that torch keeps on the host are bookkeeping, not device state, also where the device is the CPU.
     """
-    for index, state in enumerate(optimizer.state.values()):
-        on_device = {key: value for key, value in state.items() if key != "step" or not _is_on_host(value)}
+    for index, state in enumerate(list(optimizer.state.values())):
+        on_device = {key: value for key, value in list(state.items()) if key != "step" or not _is_on_host(value)}
         _add_nested(group, f"state[{index}]", on_device)
     for number, param_group in enumerate(optimizer.param_groups):
         others = {key: value for key, value in param_group.items() if key != "params"}

@@ -20,10 +20,13 @@ first byte of it is gone there is no way back, and an interruption then ends the
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -40,13 +43,26 @@ from megastow.transport import HostSlice, Transport
 
 DEFAULT_BUCKET_BYTES = 512 << 20
 
+_RETRY_SECONDS = 0.001
+
 IN_FLIGHT_BYTES = 2 << 30
 """Copies of an offload that are queued at a time, if there are that many: enough to keep the link busy, and so few that
 storages are given up soon, and that copies of another manager, the other way, are not queued up behind all of them."""
 
-Permit = Callable[[int, int], None]
-"""Asked before device memory is taken: the bytes of a storage, and all bytes of the move up to and with it. Returns
-when they may be taken; raises if they never can."""
+
+class Permit(Protocol):
+    """Asked before device memory is taken."""
+
+    def __call__(self, nbytes: int, wanted: int) -> None:
+        """Return when `nbytes` may be taken for a storage, `wanted` in all of the move; raise if they never can."""
+
+    def may_wait(self) -> bool:
+        """Whether it is worth trying again where an allocation has failed all the same."""
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_CLAIMING = threading.Lock()
+"""All engines of the process, and what is held while one of them looks at what the others have."""
 
 _ORDER_OF_USE = (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES)
 """How a training step comes to the kinds: forward, backward, optimizer."""
@@ -85,7 +101,8 @@ class Engine:
     """Moves kinds between one device and host memory. Not thread-safe; the manager serialises calls.
 
     Attributes:
-        released_bytes: Device memory that offloads have given up since the engine was made; may be read by any thread.
+        released_bytes: Device memory that offloads have given up since the engine was made, without those undone; any
+            thread may read it.
     """
 
     def __init__(self, device: Device, *, bucket_bytes: int, chunk_bytes: int) -> None:
@@ -95,7 +112,9 @@ class Engine:
         self._flat = FlatTensors(device, bucket_bytes)
         self._parked: dict[StateKind, list[Parked]] = {}
         self._moving: dict[StateKind, Residency] = {}
-        self.released_bytes = 0  # by offloads so far; only grows
+        self.released_bytes = 0
+        with _CLAIMING:
+            _ENGINES.add(self)
 
     # --- questions -----------------------------------------------------------------------------------------------
 
@@ -185,10 +204,13 @@ class Engine:
             MegastowError: the move could not be made; everything is on the device as before.
         """
         moving = [k for k in kinds if k not in self._parked]
+        # Left by an offload that failed and could not be undone: known as away, with bytes on the device.
+        unfinished = {k: [p for p in self._parked[k] if not p.released] for k in kinds if k in self._parked}
+        unfinished = {kind: entries for kind, entries in unfinished.items() if entries}
         reports = {k: KindReport(k, moved=False) for k in kinds}
-        if not moving:
+        if not moving and not unfinished:
             return reports
-        with self._during("offload", moving, Residency.OFFLOADING):
+        with self._during("offload", [*moving, *unfinished], Residency.OFFLOADING):
             self._device.synchronize()
             records = self.find(inventory(), moving)
             self._arena.check(_host_sizes(records, keep_grads))
@@ -198,10 +220,10 @@ class Engine:
             clock = _KindClock()
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._move_out(plans, clock)
+            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, clock)
             if give_back:
                 self._device.release_cached()
-            for kind, entries in plans.items():
+            for kind, entries in {**plans, **unfinished}.items():
                 reports[kind] = _report(kind, entries, clock.seconds[kind])
         return reports
 
@@ -319,12 +341,15 @@ class Engine:
 
         Undone if interrupted, until the first byte goes that was not kept. See [Note: what is true at which moment].
         """
+        before = self.released_bytes
+        self._claim(plans)
         try:
-            self._parked.update(plans)
             on_their_way: deque[tuple[Parked, Arrival]] = deque()
             in_flight = 0
             with self._device.copying():
-                for parked in (p for entries in plans.values() for p in entries if p.host is not None):
+                for parked in (p for entries in plans.values() for p in entries):
+                    if parked.host is None or parked.released:
+                        continue
                     on_their_way.append((parked, self._copy_out(parked, clock)))
                     in_flight += parked.nbytes
                     while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
@@ -342,9 +367,32 @@ class Engine:
                 raise
             self._settle()
             self._refill(plans, _KindClock())
+            self.released_bytes = before
             for kind in plans:
                 self._parked.pop(kind, None)
             raise
+
+    def _claim(self, plans: Mapping[StateKind, list[Parked]]) -> None:
+        """Note that we are about to move these, unless another manager of the process is at it.
+
+        Raises:
+            StateChangedError: another manager moves or has moved some of it.
+        """
+        with _CLAIMING:
+            taken = {
+                storage_id(parked.storage)
+                for engine in _ENGINES
+                if engine is not self
+                for entries in list(engine._parked.values())
+                for parked in entries
+            }
+            for parked in (p for entries in plans.values() for p in entries):
+                if storage_id(parked.storage) in taken or not (parked.released or parked.storage.nbytes()):
+                    raise StateChangedError(
+                        f"{parked.names[0]} ({parked.kind}) is being offloaded by another manager, or was. Nothing of "
+                        "it was moved by this one. Let one manager move it, or wait for the other and onload there"
+                    )
+            self._parked.update(plans)
 
     def _copy_out(self, parked: Parked, clock: _KindClock) -> Arrival:
         """Queue the copy of a storage; what to wait for."""
@@ -368,7 +416,7 @@ class Engine:
         for kind, entries in plans.items():
             with clock.running(kind):
                 for parked in entries:
-                    if parked.host is None:
+                    if parked.host is None and not (parked.released and parked.storage.nbytes() == 0):
                         parked.released = True
                         parked.storage.resize_(0)
                         self.released_bytes += parked.nbytes
@@ -397,22 +445,26 @@ class Engine:
         taken: list[Parked] = []
         arrivals: dict[StateKind, Arrival] = {}
         try:
-            # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly.
-            for batch in [released] if permit is None else ([parked] for parked in released):
-                self._take(batch, taken, clock, permit)
-                with self._device.copying():
-                    for parked in batch:
-                        with clock.copying(parked.kind, self._device):
-                            self._copy_in(parked)
-                        arrivals[parked.kind] = self._device.arrival()
-            for kind, entries in plans.items():
-                faults.point("onload.confirm")
-                if kind in arrivals:
-                    arrivals[kind].wait()
+            # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
+            # by storage, and each kind is told before the next one waits for memory.
+            for kinds in [list(plans)] if permit is None else [[kind] for kind in plans]:
+                batch = [p for kind in kinds for p in plans[kind] if p.released]
+                for part in [batch] if permit is None else [[parked] for parked in batch]:
+                    self._take(part, taken, clock, permit)
+                    with self._device.copying():
+                        for parked in part:
+                            with clock.copying(parked.kind, self._device):
+                                self._copy_in(parked)
+                            arrivals[parked.kind] = self._device.arrival()
                 if arrived is not None:
-                    for parked in entries:
-                        parked.released = False
-                    arrived(kind)
+                    for kind in kinds:
+                        self._confirm(kind, arrivals)
+                        for parked in plans[kind]:
+                            parked.released = False
+                        arrived(kind)
+            if arrived is None:
+                for kind in plans:
+                    self._confirm(kind, arrivals)
             self._device.confirm()
         except BaseException as error:
             self._settle()
@@ -427,6 +479,13 @@ class Engine:
             parked.released = False
 
     @staticmethod
+    def _confirm(kind: StateKind, arrivals: Mapping[StateKind, Arrival]) -> None:
+        """Wait until all copies of a kind have arrived."""
+        faults.point("onload.confirm")
+        if kind in arrivals:
+            arrivals[kind].wait()
+
+    @staticmethod
     def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
         """Take device memory for storages, each when it is permitted, and note which."""
         for parked in batch:
@@ -435,7 +494,13 @@ class Engine:
             with clock.running(parked.kind):
                 faults.point("onload.reserve")
                 taken.append(parked)
-                parked.storage.resize_(parked.nbytes)
+                while parked.storage.nbytes() != parked.nbytes:
+                    try:
+                        parked.storage.resize_(parked.nbytes)
+                    except torch.cuda.OutOfMemoryError:  # what is free may be in pieces
+                        if permit is None or not permit.may_wait():
+                            raise
+                        time.sleep(_RETRY_SECONDS)
 
     def _copy_in(self, parked: Parked) -> None:
         """Queue the filling of a storage, with its bytes or with zeros."""

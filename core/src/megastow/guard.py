@@ -21,7 +21,8 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -82,7 +83,7 @@ class Guard:
 
     def __init__(self) -> None:
         self._gate = _Gate()
-        self._blocked: list[tuple[dict[str, Any], str, Blocked]] = []
+        self._blocked: dict[tuple[int, str], tuple[dict[str, Any], Blocked]] = {}  # by identity of the owner and method
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -101,22 +102,28 @@ class Guard:
         """
         with self._gate.changed:
             self._gate.arriving = arriving
-            if not (self._is_settled and away == self._gate.away):
-                self._replace(away, calls)
-            self._gate.changed.notify_all()
+            try:
+                if not (self._is_settled and away == self._gate.away):
+                    with _REPLACING:
+                        self._replace(away, calls)
+            finally:
+                self._gate.changed.notify_all()
 
     def _replace(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCalls]]) -> None:
+        """Block first, unblock then: at no moment may a call through that must not, whichever thread makes it."""
         needed = list(calls()) if away else []
         self._is_settled = False
-        self._gate.away.difference_update(self._gate.away - away)
         self._gate.away.update(away)
-        self._unblock()
         candidates: dict[tuple[type, int], list[_Candidate]] = {}
+        blocked_now: dict[tuple[int, str], frozenset[StateKind]] = {}
         for guarded in needed:
             key = (type(guarded.owner), id(guarded.calls))
             if key not in candidates:
                 candidates[key] = _candidates(type(guarded.owner), guarded.calls, away)
-            self._block(guarded.owner, candidates[key])
+            self._block(guarded.owner, candidates[key], blocked_now)
+        for slot in self._blocked.keys() - blocked_now.keys():
+            self._unblock(slot)
+        self._gate.away.intersection_update(away)
         self._is_settled = True
 
     def watch_backward(self, modules: Iterable[torch.nn.Module]) -> None:
@@ -125,35 +132,47 @@ class Guard:
 
     def close(self) -> None:
         """Remove everything."""
-        self._unblock()
+        with _REPLACING:
+            for slot in list(self._blocked):
+                self._unblock(slot)
         self._gate.away.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _block(self, owner: object, candidates: Iterable[_Candidate]) -> None:
+    def _block(
+        self, owner: object, candidates: Iterable[_Candidate], blocked_now: dict[tuple[int, str], frozenset[StateKind]]
+    ) -> None:
         attributes = vars(owner)
         for candidate in candidates:
             method = candidate.method
             has_it = candidate.is_certain or attributes.get(method) is not None
             if not has_it and not (candidate.may_delegate and hasattr(owner, method)):
                 continue
+            slot = (id(owner), method)
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked:
                 blocked = Blocked(owner, method, blocked)
-            self._blocked.append((attributes, method, blocked))
-            blocked.missing[self._gate] = blocked.missing.get(self._gate, _NOTHING) | candidate.missing
+            _, before = self._blocked.get(slot, (attributes, blocked))
+            self._blocked[slot] = (attributes, blocked)
+            missing = blocked_now[slot] = blocked_now.get(slot, _NOTHING) | candidate.missing
+            blocked.missing[self._gate] = missing
             attributes[method] = blocked
+            if before is not blocked:  # somebody has wrapped it meanwhile; this stands in front of the wrapper
+                before.missing.pop(self._gate, None)
 
-    def _unblock(self) -> None:
-        while self._blocked:
-            attributes, name, blocked = self._blocked[-1]
-            blocked.missing.pop(self._gate, None)
-            if not blocked.missing and attributes.get(name) is blocked:  # not what somebody else has put there since
-                if blocked.before is _MISSING:
-                    del attributes[name]
-                else:
-                    attributes[name] = blocked.before
-            self._blocked.pop()
+    def _unblock(self, slot: tuple[int, str]) -> None:
+        (attributes, blocked), (_, name) = self._blocked[slot], slot
+        blocked.missing.pop(self._gate, None)
+        if not blocked.missing and attributes.get(name) is blocked:  # not what somebody else has put there since
+            if blocked.before is _MISSING:
+                del attributes[name]
+            else:
+                attributes[name] = blocked.before
+        self._blocked.pop(slot, None)
+
+
+_REPLACING = threading.RLock()
+"""Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
 
 
 @dataclass(frozen=True)
@@ -205,12 +224,23 @@ class Blocked:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         errors = [gate.wait(kinds) for gate, kinds in list(self.missing.items())]
-        if not self.missing:  # all has arrived, and the method stands where it did
-            if self._method == _DEEPCOPY:  # which few have themselves
-                return copy.deepcopy(self._owner, *args)
-            return getattr(self._owner, self._method)(*args, **kwargs)
+        if not self.missing:  # all has arrived
+            return self._original()(*args, **kwargs)
         what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
         return _refuse(what, _NOTHING.union(*self.missing.values()), next(filter(None, errors), None))
+
+    def _original(self) -> Callable[..., Any]:
+        """What stands where this stood; looked up past a wrapper that somebody may have put around this meanwhile."""
+        if self._method == _DEEPCOPY:  # which few have themselves
+            return partial(copy.deepcopy, self._owner)
+        if self.before is not _MISSING:
+            return cast("Callable[..., Any]", self.before)
+        owner = type(self._owner)
+        for base in owner.__mro__:
+            if self._method in vars(base):
+                found: Callable[..., Any] = vars(base)[self._method].__get__(self._owner, owner)
+                return found
+        return cast("Callable[..., Any]", getattr(self._owner, self._method))  # by a `__getattr__`
 
 
 class _BackwardWatch:
@@ -255,6 +285,7 @@ _MODULE_CALLS = call_table(
     ((StateKind.WEIGHTS,), "_call_impl _compiled_call_impl forward _apply"),
     ((StateKind.WEIGHTS,), "state_dict load_state_dict sharded_state_dict state_dict_for_save_checkpoint"),
     ((StateKind.WEIGHTS,), " ".join(COPY_METHODS)),
+    ((StateKind.GRAD_BUFFERS,), "zero_grad"),
 )
 
 _BACKWARD_KINDS = frozenset({StateKind.WEIGHTS, StateKind.GRAD_BUFFERS})

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
-from megastow.engine import Permit
 from megastow.errors import DeviceMemoryError, TransferError
 from megastow.report import TransferReport, format_bytes
 
@@ -34,6 +33,11 @@ class TransferHandle:
         """Device memory that an offload has given up so far; 0 for an onload. Does not wait."""
         return self._released()
 
+    def freeze(self) -> None:
+        """Keep `released_bytes` as it is; for the manager, at the end of the move."""
+        released = self._released()
+        self._released = lambda: released
+
     def wait(self, timeout: float | None = None) -> TransferReport:
         """Wait until the move is over; may be called by several threads, and again.
 
@@ -55,43 +59,57 @@ class TransferHandle:
             raise TimeoutError(f"the move is still under way after {timeout} s; it goes on") from None
 
 
-def make_permit(
-    free_bytes: Callable[[], int | None],
-    wait_for_memory: float,
-    beside: TransferHandle | None,
-    window_bytes: int,
-) -> Permit | None:
-    """What an onload asks before it takes memory; None if it need not ask.
+class MemoryPermit:
+    """What an onload asks before it takes device memory, where it may wait for it.
 
     Args:
         free_bytes: tells what an allocation could get now; None if nobody knows.
-        wait_for_memory: seconds that one storage may wait for its memory.
+        wait_for_memory: seconds to wait for a neighbour, in all.
         beside: take no more than this offload has given up, and the window.
         window_bytes: how much more.
     """
-    if beside is None and wait_for_memory <= 0:
-        return None
 
-    def permit(nbytes: int, wanted: int) -> None:
-        while beside is not None and not beside.done() and wanted > beside.released_bytes + window_bytes:
+    def __init__(
+        self,
+        free_bytes: Callable[[], int | None],
+        wait_for_memory: float,
+        beside: TransferHandle | None,
+        window_bytes: int,
+    ) -> None:
+        self._free_bytes = free_bytes
+        self._wait_for_memory = wait_for_memory
+        self._deadline: float | None = None
+        self._beside = beside
+        self._window_bytes = window_bytes
+
+    def __call__(self, nbytes: int, wanted: int) -> None:
+        """Wait until so many bytes may be taken; see `megastow.engine.Permit`."""
+        while self._is_leaving() and wanted > self._released() + self._window_bytes:
             time.sleep(_POLL_SECONDS)
-        if beside is not None and beside.done():
+        if self._beside is not None and self._beside.done():
             try:
-                beside.wait()
+                self._beside.wait()
             except Exception as error:
-                raise TransferError(
-                    "the offload that was to make room has failed, so nothing was brought back"
-                ) from error
-        deadline = time.monotonic() + wait_for_memory
-        while (free := free_bytes()) is not None and free < nbytes:
-            if time.monotonic() > deadline and (beside is None or beside.done()):
+                raise TransferError("the offload that was to make room failed, so nothing was brought back") from error
+        while (free := self._free_bytes()) is not None and free < nbytes:
+            if not self.may_wait():
                 raise DeviceMemoryError(
                     f"a storage of {format_bytes(nbytes)} needs device memory, and {format_bytes(free)} are free after "
-                    f"{wait_for_memory:g} s: somebody else still holds the device. Everything is safe in host memory; "
-                    "free device memory, then onload",
+                    f"{self._wait_for_memory:g} s: somebody else still holds the device. Everything is safe in host "
+                    "memory; free device memory, then onload",
                     needed_bytes=nbytes,
                     free_bytes=free,
                 )
             time.sleep(_POLL_SECONDS)
 
-    return permit
+    def may_wait(self) -> bool:
+        """Whether there may be more memory soon; the time to wait runs from the first question."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._wait_for_memory
+        return self._is_leaving() or time.monotonic() < self._deadline
+
+    def _is_leaving(self) -> bool:
+        return self._beside is not None and not self._beside.done()
+
+    def _released(self) -> int:
+        return 0 if self._beside is None else self._beside.released_bytes

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -19,7 +20,7 @@ from megastow.device import device_for
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
 from megastow.errors import InvalidArgumentError, InvalidTypeError, ManagerClosedError
 from megastow.guard import Guard
-from megastow.handle import DEFAULT_WINDOW_BYTES, TransferHandle, make_permit
+from megastow.handle import DEFAULT_WINDOW_BYTES, MemoryPermit, TransferHandle
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
@@ -284,8 +285,8 @@ class MemoryManager:
 
         Args:
             *kinds: `StateKind`s or their names.
-            wait_for_memory: seconds to wait, for each storage, until the neighbour on the device has let go of the
-                memory for it. 0 fails at once if not all of it is free.
+            wait_for_memory: seconds to wait, in all, until the neighbour on the device has let go of memory. 0 fails at
+                once if not all of it is free.
             beside: an offload under way of another manager on the device. Memory is then taken as that one gives it
                 back, and both directions of the link are busy at once; see `megastow.swap`.
             window_bytes: how much more than that offload has given back may be taken; the extra device memory.
@@ -303,12 +304,19 @@ class MemoryManager:
         wanted = parse_kinds(kinds)
 
         def act(move: _Move) -> None:
-            permit = make_permit(self._device.free_bytes, wait_for_memory, beside, window_bytes)
+            permit = None
+            if beside is not None or wait_for_memory > 0:
+                permit = MemoryPermit(self._device.free_bytes, wait_for_memory, beside, window_bytes)
             reports, notes = self._engine.onload(wanted, permit, self._let_through if non_blocking else None)
             move.kinds.update(reports)
             move.notes.extend(notes)
 
         return self._run("onload", wanted, act, non_blocking)
+
+    def wait(self) -> None:
+        """Wait until no move of this manager is under way; what one failed with is its handle's to raise."""
+        with self._exclusive():
+            pass
 
     def release_cached(self) -> None:
         """Hand memory that torch's allocator keeps, and nobody uses, back to the driver; for `give_back=False`."""
@@ -328,7 +336,9 @@ class MemoryManager:
         try:
             yield report
         finally:
-            back = [k for k, entry in report.kinds.items() if entry.moved and self.residency(k) is Residency.OFFLOADED]
+            back = [
+                k for k, entry in report.kinds.items() if entry.moved and self.residency(k) is not Residency.RESIDENT
+            ]
             if back:
                 self.onload(*back)
 
@@ -361,8 +371,14 @@ class MemoryManager:
                 except BaseException as error:
                     future.set_exception(error)
 
-            threading.Thread(target=run, name="megastow-prepare", daemon=True).start()
+            try:
+                threading.Thread(target=run, name="megastow-prepare", daemon=True).start()
+            except BaseException as error:
+                self._preparing = None
+                future.set_exception(error)  # whoever waits for it must not wait for ever
+                raise
             if wait:
+                future.exception()  # interrupted here, it goes on, and the next move waits for it
                 self._preparing = None
                 future.result()
 
@@ -480,11 +496,16 @@ class MemoryManager:
         def work() -> None:
             try:
                 with self._lock, enter():
+                    if self._pending is not pending:
+                        return  # the call was interrupted after all
                     report = self._make(move, wanted, act)
             except BaseException as error:
                 logger.warning("%s in the background failed: %s", move.direction, error)
+                handle.freeze()
+                _clear_frames(error)
                 pending.set_exception(error)
             else:
+                handle.freeze()
                 pending.set_result(report)
 
         try:
@@ -492,8 +513,9 @@ class MemoryManager:
             self._guard_what_is_away(arriving=None if is_offload else pending)
             self._pending = pending
             threading.Thread(target=work, name=f"megastow-{move.direction}").start()
-        except BaseException:
+        except BaseException as error:  # also after the thread was started: it waits for the lock that we hold
             self._pending = None
+            pending.set_exception(error)  # whoever waits for it must not wait for ever
             self._settle()
             raise
         return handle
@@ -538,6 +560,13 @@ class MemoryManager:
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("this memory manager is closed; create a new one with create_memory_manager")
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold: plans and records, and so device memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _Move:

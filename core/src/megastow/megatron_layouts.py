@@ -69,7 +69,7 @@ def _captured_graphs(module: torch.nn.Module) -> str | None:
     """The attributes of a module that hold captured graphs."""
     found = []
     for attributes in (vars(module), module._modules):  # a manager may be an attribute or a registered submodule
-        for name, value in attributes.items():
+        for name, value in list(attributes.items()):
             if "cudagraph_manager" in name:
                 has_captured = any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
             else:

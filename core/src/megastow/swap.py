@@ -20,7 +20,7 @@ def swap(
 
     The one that comes takes device memory as the other gives it back, so that the device holds at most the larger of
     the two and `window_bytes` at a time. Blocks, and synchronises with the device. Both or neither: if either move
-    fails, both are brought back to where they were (gradients that were not kept come back zeroed).
+    fails, both are brought back to where they were (gradients of the one that was leaving come back zeroed).
 
     Args:
         leaving: whose kinds go to host memory.
@@ -34,6 +34,8 @@ def swap(
         MegastowError: what the first of the two failed with. What could not be undone either is logged, and nothing is
             lost: ask `residency`, and offload or onload again.
     """
+    for manager in (leaving, coming):
+        manager.wait()
     leaves = _kinds(leaving, Residency.RESIDENT)
     comes = _kinds(coming, Residency.OFFLOADED)
     out = leaving.offload(non_blocking=True, give_back=False)  # a driver waits for copies in flight before it frees
@@ -63,6 +65,9 @@ def _put_back(leaving: MemoryManager, leaves: list[StateKind], coming: MemoryMan
         if not wrong:
             continue
         try:
-            manager.offload(*wrong) if residency is Residency.RESIDENT else manager.onload(*wrong)
+            if residency is Residency.RESIDENT:
+                manager.offload(*wrong, keep_grads=True)  # they may have been kept
+            else:
+                manager.onload(*wrong)
         except Exception as error:
             logger.error("a swap failed, and %s could not be put back: %s", ", ".join(wrong), error)

@@ -150,15 +150,11 @@ class LeavesTheGuardBehind(Guard):
     refers to itself.
     """
 
-    def _block(self, owner: object, candidates: Iterable[Any]) -> None:
-        super()._block(owner, candidates)
-        vars(self).setdefault("owners", []).append(owner)
-
-    def _unblock(self) -> None:
-        super()._unblock()
-        for owner in vars(self).pop("owners", []):
-            if hasattr(owner, "forward"):
-                vars(owner)["forward"] = owner.forward
+    def _unblock(self, slot: tuple[int, str]) -> None:
+        owner = self._blocked[slot][1]._owner
+        super()._unblock(slot)
+        if slot[1] == "forward":
+            vars(owner)["forward"] = getattr(owner, "forward")  # noqa: B009
 
 
 @breaks("bitexact", "training", "checkpoint", world=2, because=_LOST_BYTES)
