@@ -61,17 +61,20 @@ class _Gate:
     Attributes:
         away: the kinds that are away.
         arriving: the move that brings some of them back just now.
-        changed: notified when either has changed; held while the guard is between the two.
+        lock: held while the guard is between the two. Entered itself and not through `changed`, whose methods are
+            Python and could be interrupted before they let go.
+        changed: notified when either has changed.
     """
 
     def __init__(self) -> None:
         self.away: set[StateKind] = set()
         self.arriving: Future[Any] | None = None
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
 
     def wait(self, kinds: Set[StateKind]) -> BaseException | None:
         """Wait until none of `kinds` is on its way any more; returns what the move failed with, if it did."""
-        with self.changed:
+        with self.lock:
             arriving = self.arriving
             self.changed.wait_for(lambda: self.arriving is None or not self.away & kinds)
             arrived = not self.away & kinds
@@ -100,7 +103,7 @@ class Guard:
             calls: lists what touches them.
             arriving: a move that brings some back just now; blocked calls wait for it before they refuse.
         """
-        with self._gate.changed:
+        with self._gate.lock:
             self._gate.arriving = arriving
             try:
                 if not (self._is_settled and away == self._gate.away):
