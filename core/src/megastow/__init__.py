@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from megastow.errors import (
     AdapterSelectionError,
     DeviceMemoryError,
+    ForkedProcessError,
     HostMemoryError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -32,6 +33,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 __all__ = [
     "AdapterSelectionError",
     "DeviceMemoryError",
+    "ForkedProcessError",
     "HostMemoryError",
     "InvalidArgumentError",
     "InvalidTypeError",

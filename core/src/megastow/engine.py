@@ -20,7 +20,6 @@ first byte of it is gone there is no way back, and an interruption then ends the
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import weakref
 from collections import defaultdict, deque
@@ -34,6 +33,7 @@ from megastow import faults, machine
 from megastow.device import Arrival, Device, Stopwatch
 from megastow.errors import DeviceMemoryError, MegastowError, StateChangedError, TransferError
 from megastow.flat import FlatTensors
+from megastow.forking import process_lock
 from megastow.host import HostArena, align_up
 from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, format_bytes
@@ -61,7 +61,7 @@ class Permit(Protocol):
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-_CLAIMING = threading.Lock()
+_CLAIMING = process_lock()
 """All engines of the process, and what is held while one of them looks at what the others have."""
 
 _ORDER_OF_USE = (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES)

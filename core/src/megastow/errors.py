@@ -41,6 +41,10 @@ class ManagerClosedError(MegastowError, RuntimeError):
     """The manager was closed; a closed manager holds no memory and moves nothing."""
 
 
+class ForkedProcessError(MegastowError, RuntimeError):
+    """A manager was used in a forked child; it has neither the host memory nor the threads of the one that made it."""
+
+
 class OffloadedError(MegastowError, RuntimeError):
     """Something was used whose bytes are not on the device at present."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ from typing import Any, NoReturn, cast
 import torch
 
 from megastow.errors import OffloadedError
+from megastow.forking import process_lock
 from megastow.state import StateKind
 
 _MISSING = object()
@@ -64,16 +66,20 @@ class _Gate:
         lock: held while the guard is between the two. Entered itself and not through `changed`, whose methods are
             Python and could be interrupted before they let go.
         changed: notified when either has changed.
+        pid: the process of the guard. A fork has a copy of all this, in which nothing changes any more.
     """
 
     def __init__(self) -> None:
         self.away: set[StateKind] = set()
         self.arriving: Future[Any] | None = None
+        self.pid = os.getpid()
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
 
     def wait(self, kinds: Set[StateKind]) -> BaseException | None:
         """Wait until none of `kinds` is on its way any more; returns what the move failed with, if it did."""
+        if os.getpid() != self.pid:
+            return None
         with self.lock:
             arriving = self.arriving
             self.changed.wait_for(lambda: self.arriving is None or not self.away & kinds)
@@ -174,7 +180,7 @@ class Guard:
         self._blocked.pop(slot, None)
 
 
-_REPLACING = threading.RLock()
+_REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
 
 

@@ -235,5 +235,13 @@ def _touch(memory: torch.Tensor, numa_node: int | None) -> None:
         if near:
             os.sched_setaffinity(0, near)  # of this thread only
 
+    starts = range(0, nbytes, _TOUCH_BYTES)
     with ThreadPoolExecutor(workers, "megastow-touch", near_the_device) as pool:
-        list(pool.map(touch, range(0, nbytes, _TOUCH_BYTES)))
+        try:
+            touched = [pool.submit(touch, start) for start in starts]
+        except RuntimeError:  # the interpreter is ending, and starts no thread any more
+            touched = []
+            for start in starts:
+                touch(start)
+    for future in touched:
+        future.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 import traceback
@@ -18,7 +19,7 @@ import torch
 from megastow.adapter import BoundAdapter
 from megastow.device import device_for
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
-from megastow.errors import InvalidArgumentError, InvalidTypeError, ManagerClosedError
+from megastow.errors import ForkedProcessError, InvalidArgumentError, InvalidTypeError, ManagerClosedError
 from megastow.guard import Guard
 from megastow.handle import DEFAULT_WINDOW_BYTES, MemoryPermit, TransferHandle
 from megastow.plan import MovePlan
@@ -127,6 +128,9 @@ class MemoryManager:
     its way (see `Residency`). While a kind is away, calls that would touch it raise `OffloadedError`; while it is on
     its way back, they wait for it.
 
+    A manager serves the process that made it: in a forked child its calls raise `ForkedProcessError`, and what was away
+    or on its way at the fork is away there for good.
+
     Host memory: as much as the kinds offloaded so far held on the device (gradient buffers take none), allocated and
     page-locked at the first offload or by `prepare`, and kept until `close`.
     """
@@ -146,6 +150,7 @@ class MemoryManager:
         self._preparing: Future[int] | None = None
         self._pending: Future[TransferReport] | None = None
         self._closed = False
+        self._pid = os.getpid()
         self._engine.find(trainer.inventory(), ALL_KINDS)  # refuse now what could not be moved later
         self._guard.watch_backward(trainer.entrances())
 
@@ -449,6 +454,11 @@ class MemoryManager:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One call at a time, and none while a move is under way in the background."""
+        if os.getpid() != self._pid:  # before any lock: whoever held it at the fork is not here to let go
+            raise ForkedProcessError(
+                f"this memory manager belongs to process {self._pid}, and this is a fork of it, {os.getpid()}, without "
+                "its host memory. Move in that process, or make the model and its manager after the fork"
+            )
         while True:
             with self._lock:
                 pending = self._pending
