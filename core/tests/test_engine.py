@@ -102,14 +102,14 @@ def test_the_device_is_waited_for_before_and_released_after():
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_needed_is_what_an_offload_then_takes(keep):
+def test_what_was_prepared_is_what_an_offload_then_takes(keep):
     rig = Rig(weights=[torch.randn(100) for _ in range(5)], grad_buffers=[torch.randn(10)])
-    needed = rig.engine.needed(rig.inventory(), [W, M, S, G])
+    needed = rig.engine.prepare(rig.inventory, [W, M, S, G])
     assert needed == {(W, False): 5 * 512}
     held = rig.engine.reserve(needed)
     rig.offload(W, G, keep_grads=keep)
     assert rig.engine.host_bytes == held + keep * 4096
-    assert rig.engine.needed(rig.inventory(), [W]) == {}
+    assert rig.engine.prepare(rig.inventory, [W]) == {}
     rig.engine.onload([W, G])
 
 

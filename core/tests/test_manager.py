@@ -25,7 +25,8 @@ from core_toys import (
     storages,
 )
 
-from megastow import ManagerClosedError, OffloadedError, Residency, create_memory_manager
+from megastow import ManagerClosedError, OffloadedError, Residency, TransferError, create_memory_manager, faults
+from megastow.engine import Engine
 
 
 def make(trainer, **sizes):
@@ -267,6 +268,51 @@ def test_prepare_takes_the_memory_ahead_and_keeps_no_tensor(trainer):
     assert manager.host_bytes == ahead
     manager.prepare(wait=True)  # nothing to do for what is away
     manager.onload()
+
+
+def test_prepare_packs_in_the_call_so_that_the_first_offload_does_not(trainer, monkeypatch):
+    before = snapshot(trainer.tensors(KINDS))
+    manager = make(trainer)
+    storages = {t.untyped_storage()._cdata for t in trainer.tensors(KINDS[:3]).values()}
+    reached, go_on, reserve = threading.Event(), threading.Event(), Engine.reserve
+
+    def held(engine, sizes):
+        reached.set()
+        assert go_on.wait(30)
+        return reserve(engine, sizes)
+
+    monkeypatch.setattr(Engine, "reserve", held)
+    manager.prepare()
+    assert reached.wait(30)
+    packed = {t.untyped_storage()._cdata for t in trainer.tensors(KINDS[:3]).values()}
+    assert len(packed) < len(storages)
+    assert_same(before, snapshot(trainer.tensors(KINDS)))
+    trainer.step()
+    go_on.set()
+    with faults.inject("pack.bucket", lambda: RuntimeError("packed again")) as passed:
+        manager.offload()
+    assert passed == [0]
+    manager.onload()
+    twin = Trainer()
+    for _ in range(3):
+        twin.step()
+    assert_same(snapshot(twin.tensors(KINDS[:3])), snapshot(trainer.tensors(KINDS[:3])))
+
+
+def test_a_packing_ahead_that_fails_leaves_all_as_it_was(trainer):
+    before = snapshot(trainer.tensors(KINDS))
+    manager = make(trainer)
+    fault = faults.inject("pack.repoint", lambda: RuntimeError("cable pulled"), after=2)
+    with fault, pytest.raises(TransferError, match="cable pulled"):
+        manager.prepare()
+    assert_same(before, snapshot(trainer.tensors(KINDS)))
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.RESIDENT}
+    manager.prepare(wait=True)
+    manager.offload()
+    manager.onload()
+    assert_same(
+        snapshot(trainer.tensors(KINDS[:3])), {n: b for n, b in before.items() if n in trainer.tensors(KINDS[:3])}
+    )
 
 
 def test_close_brings_back_and_leaves_no_trace(trainer):

@@ -158,13 +158,18 @@ class Engine:
 
     # --- moves ---------------------------------------------------------------------------------------------------
 
-    def needed(self, inventory: Inventory, kinds: Collection[StateKind]) -> dict[RegionKey, int]:
-        """Host bytes that an offload would keep now, for those of `kinds` that are here and keep something.
+    def prepare(self, inventory: Callable[[], Inventory], kinds: Collection[StateKind]) -> dict[RegionKey, int]:
+        """Pack what is small and on the device; returns the host bytes that an offload of `kinds` would keep then.
 
-        Right for the inventory as it is now; what changes until the offload is made up for then.
+        Synchronises with the device. Right for the state as it is now; what changes until the offload is made up for
+        then.
+
+        Raises:
+            MegastowError: something could not be moved or packed; nothing is lost.
         """
         here = [kind for kind in kinds if kind not in self._parked]
-        return _host_sizes(self.find(inventory, here), keep_grads=False)
+        with self._during("preparation", here, Residency.RESIDENT):
+            return _host_sizes(self._pack(inventory, here, keep_grads=False), keep_grads=False)
 
     def reserve(self, sizes: Mapping[RegionKey, int]) -> int:
         """Make host memory ready for the next offload; returns the bytes now held.
@@ -172,7 +177,7 @@ class Engine:
         Holds no tensor and looks at none, so it may run in a thread beside training and beside an onload.
 
         Args:
-            sizes: what `needed` found; none of these kinds may be offloaded before this has returned.
+            sizes: what `prepare` found; none of these kinds may be offloaded before this has returned.
 
         Raises:
             HostMemoryError: the host cannot give that much.
@@ -211,12 +216,7 @@ class Engine:
         if not moving and not unfinished:
             return reports
         with self._during("offload", [*moving, *unfinished], Residency.OFFLOADING):
-            self._device.synchronize()
-            records = self.find(inventory(), moving)
-            self._arena.check(_host_sizes(records, keep_grads))
-            if self._flat.pack(records):
-                self._device.synchronize()
-                records = self.find(inventory(), moving)
+            records = self._pack(inventory, moving, keep_grads)
             clock = _KindClock()
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
@@ -315,6 +315,21 @@ class Engine:
             ) from error
         finally:
             self.settle()
+
+    def _pack(
+        self, inventory: Callable[[], Inventory], kinds: Collection[StateKind], keep_grads: bool
+    ) -> list[StorageRecord]:
+        """Pack small storages into device buckets, if the host can take all; returns the storages that there are then.
+
+        Synchronises with the device, before and after.
+        """
+        self._device.synchronize()
+        records = self.find(inventory(), kinds)
+        self._arena.check(_host_sizes(records, keep_grads))
+        if not self._flat.pack(records):
+            return records
+        self._device.synchronize()
+        return self.find(inventory(), kinds)
 
     def _plan(
         self, records: Sequence[StorageRecord], kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock

@@ -348,25 +348,31 @@ class MemoryManager:
                 self.onload(*back)
 
     def prepare(self, *kinds: KindLike, wait: bool = False) -> None:
-        """Allocate and page-lock host memory for the first offload ahead of time, in the background.
+        """Do ahead of time what the first offload would have to: pack small tensors, and get host memory ready.
 
-        Touches no tensor, so it may run beside training. What it prepares fits the state as it is now; moments that
-        the first optimizer step will make are not there before it.
+        Packing happens in the call, which synchronises with the device and takes up to one bucket of extra device
+        memory meanwhile; call it where an offload could be made. Host memory is then allocated and page-locked in the
+        background, beside training. What is prepared fits the state as it is now; moments that the first optimizer
+        step will make are not there before it.
 
         Args:
             *kinds: the kinds that will be offloaded; all if none is named.
             wait: return only when it is done.
 
         Raises:
-            HostMemoryError: with `wait`; without, the next offload tries again and raises it.
+            HostMemoryError: the machine cannot give that much; nothing was packed. What fails in the background is
+                raised with `wait`; without, the next offload tries again.
+            UnsupportedLayoutError: state was found that cannot be moved.
+            TransferError: packing failed; nothing is lost.
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
         with self._exclusive():
             self._check_open()
             self._finish_preparing()
+            self._trainer.quiesce([k for k in wanted if not self._engine.is_away(k)], keep_grads=True)
             # Only sizes go to the thread: tensors in its hands would outlive the step that drops them.
-            sizes = self._engine.needed(self._trainer.inventory(), wanted)
+            sizes = self._engine.prepare(self._trainer.inventory, wanted)
             future: Future[int] = Future()
             self._preparing = future
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,9 +126,11 @@ class PreparesOverWhatIsAway(Engine):
     Stands for a preparation in the background that was written for the first cycle.
     """
 
-    def needed(self, inventory: Inventory, kinds: Iterable[StateKind]) -> dict[tuple[StateKind, bool], int]:
+    def prepare(
+        self, inventory: Callable[[], Inventory], kinds: Iterable[StateKind]
+    ) -> dict[tuple[StateKind, bool], int]:
         away = {(kind, False): 8 for kind in kinds if kind in self._parked}
-        return {**super().needed(inventory, list(kinds)), **away}
+        return {**super().prepare(inventory, list(kinds)), **away}
 
 
 @breaks("training")
