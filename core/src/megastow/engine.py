@@ -459,12 +459,16 @@ class Engine:
                 raise _no_device_memory(plans, needed, free)
         taken: list[Parked] = []
         arrivals: dict[StateKind, Arrival] = {}
+        wanted = 0
         try:
             # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
             # by storage, and each kind is told before the next one waits for memory.
             for kinds in [list(plans)] if permit is None else [[kind] for kind in plans]:
                 batch = [p for kind in kinds for p in plans[kind] if p.released]
                 for part in [batch] if permit is None else [[parked] for parked in batch]:
+                    if permit is not None:
+                        wanted += part[0].nbytes
+                        permit(part[0].nbytes, wanted)
                     self._take(part, taken, clock, permit)
                     with self._device.copying():
                         for parked in part:
@@ -502,10 +506,8 @@ class Engine:
 
     @staticmethod
     def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
-        """Take device memory for storages, each when it is permitted, and note which."""
+        """Take device memory for storages, and note which."""
         for parked in batch:
-            if permit is not None:
-                permit(parked.nbytes, sum(p.nbytes for p in taken) + parked.nbytes)
             with clock.running(parked.kind):
                 faults.point("onload.reserve")
                 taken.append(parked)
