@@ -133,15 +133,18 @@ class BaseTrainer:
     def checkpoint(self) -> dict[str, Any]:
         """What Megatron's own ``state_dict`` methods give, and the shards that they leave out; see ``Trainer``."""
         with self._whole_weights():
-            state: dict[str, Any] = {
-                "model": [chunk.state_dict() for chunk in self.model],
-                "optimizer": self.optimizer.state_dict(),
-                "shards": [
-                    {"inner": link.optimizer.state_dict(), "main": _stepped_on(link.optimizer)}
-                    for link in distributed_links(self.optimizer)
-                ],
-            }
-            return through_a_file(state)
+            return through_a_file(self.live_checkpoint())
+
+    def live_checkpoint(self) -> dict[str, Any]:
+        """The same with the live tensors; see ``Trainer``."""
+        return {
+            "model": [chunk.state_dict() for chunk in self.model],
+            "optimizer": self.optimizer.state_dict(),
+            "shards": [
+                {"inner": link.optimizer.state_dict(), "main": _stepped_on(link.optimizer)}
+                for link in distributed_links(self.optimizer)
+            ],
+        }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Megatron's own ``load_state_dict`` methods in Megatron's order, then the shards; see ``Trainer``.
@@ -161,7 +164,11 @@ class BaseTrainer:
                 for main, saved_main in zip(group, saved_group, strict=True):
                     main.copy_(saved_main)
 
-    def save_sharded(self, folder: Path) -> None:
+    def sharded_checkpoint(self) -> dict[str, Any]:
+        """See ``Trainer``."""
+        raise NotImplementedError
+
+    def save_sharded(self, folder: Path, state: dict[str, Any] | None = None) -> None:
         """See ``Trainer``."""
         raise NotImplementedError
 

@@ -9,26 +9,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megastow_conformance import report
 from megastow_conformance.case import Check
 from megastow_conformance.marks import suite_marks
 from megastow_conformance.plan import lacks_of
 from megastow_conformance.scenarios import Scenario, reason_against
 from megastow_conformance.workers import Outcome, WorkerGroup
 
-INVARIANTS = (
-    "bitexact",
-    "identity",
-    "training",
-    "released",
-    "peak",
-    "host",
-    "grads",
-    "order",
-    "failure",
-    "guard",
-    "checkpoint",
-    "select",
-)
+INVARIANTS = report.INVARIANTS
 """The ids, as in docs/invariants.md."""
 
 WALK = "test_order_random_sequences"
@@ -96,7 +84,7 @@ _WORDS: dict[str, Judgement] = {"passed": "holds", "failed": "broken", "skipped"
 
 def invariant_of(test: str) -> str:
     """The id that a test is named after."""
-    return test.split("_")[1]
+    return report.invariant(test)
 
 
 def _asked_by(test: str) -> list[tuple[Check, dict[str, Any]]]:

@@ -61,10 +61,17 @@ class MegatronCoreTrainer(BaseTrainer):
         assert output is not None
         return output.float().mean()
 
-    def save_sharded(self, folder: Path) -> None:
+    def sharded_checkpoint(self) -> dict[str, Any]:
+        """What Megatron's training loop hands to ``dist_checkpointing``; see ``Trainer``."""
+        return self._sharded_state(is_loading=False)
+
+    def save_sharded(self, folder: Path, state: dict[str, Any] | None = None) -> None:
         """Saves with ``megatron.core.dist_checkpointing`` in the format ``torch_dist``; see ``Trainer``."""
-        with self._whole_weights(), shim.answered_synchronize():
-            core_module("dist_checkpointing").save(self._sharded_state(is_loading=False), str(folder))
+        with shim.answered_synchronize():
+            if state is None:
+                with self._whole_weights():
+                    state = self.sharded_checkpoint()
+            core_module("dist_checkpointing").save(state, str(folder))
 
     def load_sharded(self, folder: Path) -> None:
         """Loads what ``save_sharded`` saved; see ``Trainer``.

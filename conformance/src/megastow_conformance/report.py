@@ -32,6 +32,7 @@ INVARIANTS = (
     "released",
     "peak",
     "host",
+    "host_state",
     "grads",
     "order",
     "failure",
@@ -93,8 +94,10 @@ def read_report(file: Path) -> list[dict[str, Any]]:
 
 
 def invariant(test: str) -> str:
-    """The id of the invariant that a test is about: the first word of its name."""
-    return test.removeprefix("test_").partition("_")[0]
+    """The id of the invariant that a test is about: the longest that its name begins with, or else its first word."""
+    name = test.removeprefix("test_")
+    known = [each for each in INVARIANTS if f"{name}_".startswith(f"{each}_")]
+    return max(known, key=len, default=name.partition("_")[0])
 
 
 def tested(run: Mapping[str, Any]) -> set[tuple[str, int]]:

@@ -196,6 +196,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def live_checkpoint(self) -> dict[str, Any]:
+        """What ``checkpoint`` saves, with the live tensors; no collective, and nothing that is still to be gathered."""
+        ...
+
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Loads a checkpoint with Megatron's own ``load_state_dict`` methods, whether the trainer has trained or not.
 
@@ -205,11 +209,16 @@ class Trainer(Protocol):
         """
         ...
 
-    def save_sharded(self, folder: Path) -> None:
+    def sharded_checkpoint(self) -> dict[str, Any]:
+        """What ``save_sharded`` saves, with the live tensors, as Megatron's ``sharded_state_dict`` methods give it."""
+        ...
+
+    def save_sharded(self, folder: Path, state: dict[str, Any] | None = None) -> None:
         """Saves a distributed checkpoint, as Megatron's training loop does; every rank must call it.
 
         Args:
             folder: An empty folder, the same on every rank.
+            state: What ``sharded_checkpoint`` gave; the state as it is now by default.
         """
         ...
 

@@ -122,24 +122,24 @@ def _storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def add_main_weights(group: TensorGroup, optimizer: torch.optim.Optimizer) -> None:
+def add_main_weights(group: TensorGroup, optimizer: torch.optim.Optimizer, prefix: str = "") -> None:
     """What a torch optimizer steps on. Where that is a parameter of the model, it moves with the weights."""
     for number, param_group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(param_group["params"]):
-            group.add(f"param_groups[{number}][{index}]", parameter)
+            group.add(f"{prefix}param_groups[{number}][{index}]", parameter)
 
 
-def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer) -> None:
+def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, prefix: str = "") -> None:
     """Everything that a torch optimizer keeps: per parameter, and in its parameter groups (a capturable `lr`).
 
     `step` counters that torch keeps on the host are bookkeeping, not device state, also where the device is the CPU.
     """
     for index, state in enumerate(list(optimizer.state.values())):
         on_device = {key: value for key, value in list(state.items()) if key != "step" or not _is_on_host(value)}
-        _add_nested(group, f"state[{index}]", on_device)
+        _add_nested(group, f"{prefix}state[{index}]", on_device)
     for number, param_group in enumerate(optimizer.param_groups):
         others = {key: value for key, value in param_group.items() if key != "params"}
-        _add_nested(group, f"param_groups[{number}]", others)
+        _add_nested(group, f"{prefix}param_groups[{number}]", others)
 
 
 def add_grads(group: TensorGroup, named: Iterable[tuple[str, torch.Tensor]]) -> None:

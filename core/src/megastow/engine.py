@@ -127,6 +127,10 @@ class Engine:
         """Whether the bytes of `kind` are in host memory, whatever move is under way or about to begin."""
         return kind in self._parked
 
+    def on_host(self) -> list[Parked]:
+        """The storages that are released, between two moves; what is not kept of them has no host memory."""
+        return [parked for entries in self._parked.values() for parked in entries if parked.released]
+
     @property
     def host_bytes(self) -> int:
         """Host memory held for copies, in use or ready."""

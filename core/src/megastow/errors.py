@@ -49,6 +49,14 @@ class OffloadedError(MegastowError, RuntimeError):
     """Something was used whose bytes are not on the device at present."""
 
 
+class NotOnHostError(MegastowError, RuntimeError):
+    """Host memory was asked for something whose bytes are not there: on the device, or not kept."""
+
+
+class ReadOnlyError(MegastowError, RuntimeError):
+    """An operation would have written to a view on offloaded state; nothing was written."""
+
+
 class StateChangedError(MegastowError, RuntimeError):
     """State that was away is no longer what it was: somebody resized a released storage behind the manager's back."""
 

@@ -63,6 +63,7 @@ class _Gate:
     Attributes:
         away: the kinds that are away.
         arriving: the move that brings some of them back just now.
+        reader: the thread that may read what is away, because it reads in host memory.
         lock: held while the guard is between the two. Entered itself and not through `changed`, whose methods are
             Python and could be interrupted before they let go.
         changed: notified when either has changed.
@@ -73,6 +74,7 @@ class _Gate:
         self.away: set[StateKind] = set()
         self.arriving: Future[Any] | None = None
         self.pid = os.getpid()
+        self.reader: int | None = None
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
 
@@ -134,6 +136,16 @@ class Guard:
             self._unblock(slot)
         self._gate.away.intersection_update(away)
         self._is_settled = True
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let `READING_CALLS` through that this thread makes in the block; it must not read released memory."""
+        before = self._gate.reader
+        self._gate.reader = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._gate.reader = before
 
     def watch_backward(self, modules: Iterable[torch.nn.Module]) -> None:
         """Check every backward pass that enters one of `modules` from its outputs, until `close`."""
@@ -232,6 +244,9 @@ class Blocked:
         self.missing: dict[_Gate, frozenset[StateKind]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        here = threading.get_ident()
+        if self._method in READING_CALLS and all(gate.reader == here for gate in list(self.missing)):
+            return self._original()(*args, **kwargs)
         errors = [gate.wait(kinds) for gate, kinds in list(self.missing.items())]
         if not self.missing:  # all has arrived
             return self._original()(*args, **kwargs)
@@ -280,6 +295,21 @@ class _BackwardWatch:
 _DEEPCOPY = "__deepcopy__"
 COPY_METHODS = (_DEEPCOPY, "__reduce_ex__")
 """Where `copy.deepcopy`, `pickle` and `torch.save` enter an object."""
+
+
+READING_CALLS = frozenset(
+    {
+        "state_dict",
+        "sharded_state_dict",
+        "state_dict_for_save_checkpoint",
+        "save_parameter_state",
+        "get_parameter_state",
+        "get_parameter_state_dp_zero",
+        "get_parameter_state_fs_bucket_space",
+        "get_parameter_state_dp_reshardable",
+    }
+)
+"""Guarded calls that read state and change nothing, in all generations: what `MemoryManager.on_host` is for."""
 
 
 def module_calls(modules: Iterable[torch.nn.Module]) -> Iterator[GuardedCalls]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megastow import faults, machine
+from megastow import faults, loans, machine
 from megastow.device import Device
 from megastow.errors import HostMemoryError
 from megastow.report import format_bytes
@@ -71,6 +71,7 @@ class HostRegion:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError:
             logger.debug("this kernel has no transparent huge pages; page-locking will be slower")
+        self._memory: mmap.mmap | None = memory
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         address = self.bytes.data_ptr()
         locked: list[int] = []
@@ -90,7 +91,18 @@ class HostRegion:
     def close(self) -> None:
         """Unlock, and unmap when nobody has a view any more. Not to be used again; calling it twice is fine."""
         self._finalizer()
+        self._memory = None
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def lend(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        """A storage over some of the bytes, without a copy, for others to look at; see `loans`."""
+        assert self._memory is not None, "the region is closed"
+        return loans.lend(memoryview(self._memory)[offset : offset + nbytes], self.bytes.data_ptr() + offset)
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether somebody still looks at some of the bytes."""
+        return loans.is_lent(self.bytes.data_ptr(), self.nbytes)
 
     def _pieces(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """Cut a run of bytes where separately page-locked pieces meet."""
@@ -114,7 +126,8 @@ class HostRegion:
 class HostArena:
     """The host memory of one manager: a region for each key, made when first needed and kept.
 
-    A region is replaced when the bytes that its key has to keep have changed, so that what is held is what is needed.
+    A region is replaced when the bytes that its key has to keep have changed, so that what is held is what is needed;
+    and when somebody still looks at what it held, who keeps the old memory.
     """
 
     def __init__(self, device: Device) -> None:
@@ -135,7 +148,7 @@ class HostArena:
     def missing(self, sizes: Mapping[Any, int]) -> int:
         """Host bytes that reserving all of these would take beyond what is held; negative if it gives some back."""
         with self._lock:
-            held = {key: region.nbytes for key, region in self._regions.items()}
+            held = {key: region.nbytes for key, region in self._regions.items() if not region.is_lent}
         return sum(align_up(nbytes, machine.PAGE_BYTES) - held.get(key, 0) for key, nbytes in sizes.items())
 
     def reserve(self, key: Hashable, nbytes: int) -> HostRegion:
@@ -148,7 +161,8 @@ class HostArena:
         """
         with self._lock:
             region = self._regions.get(key)
-            if region is not None and region.nbytes == align_up(nbytes, machine.PAGE_BYTES):
+            fits = region is not None and region.nbytes == align_up(nbytes, machine.PAGE_BYTES)
+            if region is not None and fits and not region.is_lent:
                 return region
             if region is not None:
                 del self._regions[key]

@@ -12,16 +12,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
 from megastow.adapter import BoundAdapter
 from megastow.device import device_for
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
-from megastow.errors import ForkedProcessError, InvalidArgumentError, InvalidTypeError, ManagerClosedError
+from megastow.errors import (
+    ForkedProcessError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    ManagerClosedError,
+    NotOnHostError,
+    OffloadedError,
+)
 from megastow.guard import Guard
 from megastow.handle import DEFAULT_WINDOW_BYTES, MemoryPermit, TransferHandle
+from megastow.host_view import HostViews, host_state_dict, host_tensor
+from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
@@ -29,6 +38,8 @@ from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kind
 from megastow.transport import DEFAULT_CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def create_memory_manager(
@@ -149,6 +160,7 @@ class MemoryManager:
         self._lock = threading.RLock()
         self._preparing: Future[int] | None = None
         self._pending: Future[TransferReport] | None = None
+        self._reading = False
         self._closed = False
         self._pid = os.getpid()
         self._engine.find(trainer.inventory(), ALL_KINDS)  # refuse now what could not be moved later
@@ -188,6 +200,85 @@ class MemoryManager:
         with self._exclusive():
             self._check_open()
             return self._engine.plan(self._trainer.inventory(), wanted, keep_grads=keep_grads)
+
+    # --- state while away ----------------------------------------------------------------------------------------
+
+    def host_tensor(self, wanted: str | torch.Tensor) -> torch.Tensor:
+        """A read-only CPU tensor over the bytes of one that is offloaded: same dtype, shape, stride and storage offset.
+
+        Nothing is moved or copied, and no memory is taken. Any tensor on an offloaded storage will do: parameters,
+        views and slices of them, flat buffers. All views on what was one storage share one. Waits for a move in the
+        background, and does not synchronise with the device.
+
+        A view shows the same bytes for as long as it lives, also after its kind is back or the manager closed. The next
+        offload of that kind takes new host memory while there is one, so drop views before. Operations that would write
+        to it raise `ReadOnlyError` and write nothing; it can be saved (as an ordinary tensor, with the bytes of its
+        storage and no others), copied from and computed with. See `read_only.ReadOnlyTensor` for what nobody watches.
+
+        Args:
+            wanted: the tensor, or its name in `host_state_dict`.
+
+        Raises:
+            NotOnHostError: it is on the device, or it is a gradient that was not kept.
+            InvalidArgumentError: there is no such state.
+            InvalidTypeError: neither a name nor a tensor.
+            UnsupportedTensorError: a subclass that wraps other tensors.
+            ManagerClosedError: the manager is closed.
+        """
+        with self._exclusive():
+            self._check_open()
+            return host_tensor(HostViews(self._engine.on_host()), self._trainer.inventory(), wanted)
+
+    def host_state_dict(self, kind: KindLike) -> dict[str, torch.Tensor]:
+        """Views, as of `host_tensor`, on everything lasting that was offloaded with a kind, by the inventory's names.
+
+        A tensor that several names reach is listed once, under the first; a storage belongs to the kind that it moved
+        with. Left out is what lives on the host anyway, and what modules keep as plain attributes. For the state dicts
+        that a model and an optimizer make themselves, see `on_host`.
+
+        Raises:
+            NotOnHostError: the kind is on the device, or it was not kept.
+            InvalidArgumentError: there is no such kind.
+            ManagerClosedError: the manager is closed.
+        """
+        (which,) = parse_kinds([kind])
+        with self._exclusive():
+            self._check_open()
+            if not self._engine.is_away(which):
+                raise NotOnHostError(f"{which} is on the device, not in host memory: use the tensors themselves")
+            return host_state_dict(HostViews(self._engine.on_host()), self._trainer.inventory(), which)
+
+    def on_host(self, function: Callable[[], Result], *, clone: bool = False) -> Result:
+        """What a function returns that reads state, such as `model.state_dict`, while some of it is offloaded.
+
+        For the length of the call, and in this thread only, `state_dict`, `sharded_state_dict` and their relatives do
+        not raise, and every operation on an offloaded tensor is made on its bytes in host memory. Tensors that are
+        offloaded are replaced by views, as of `host_tensor`, in what comes back: in dicts, lists, tuples and attributes
+        of objects, which are copied for that and not changed. What is on the device stays there.
+
+        Make a whole checkpoint in one call: Megatron's optimizers find a model's tensors in its sharded state dict by
+        identity. No kind can be moved meanwhile, by any thread.
+
+        Args:
+            function: called without arguments, under `torch.no_grad()`. It must not write to state, nor hand it to
+                collectives; what it starts in other threads, or returns to be computed later, is not helped.
+            clone: give clones in memory of torch's own instead of views: ordinary tensors. Megatron's writers of
+                distributed checkpoints fork, and a fork copies the page-locked memory behind views once for each child;
+                clones are copied once.
+
+        Raises:
+            OffloadedError: the function would have written to what is offloaded, or called what does more than read.
+            NotOnHostError: it read gradients that were not kept.
+            ManagerClosedError: the manager is closed.
+        """
+        with self._exclusive():
+            self._check_open()
+            before, self._reading = self._reading, True
+            try:
+                with self._guard.reading():
+                    return on_host(HostViews(self._engine.on_host()), function, clone=clone)
+            finally:
+                self._reading = before
 
     # --- moves ---------------------------------------------------------------------------------------------------
 
@@ -406,6 +497,7 @@ class MemoryManager:
         with self._exclusive():
             if self._closed:
                 return
+            self._check_not_reading()
             self._finish_preparing()
             if not discard:
                 self.onload()
@@ -480,6 +572,7 @@ class MemoryManager:
         """Make a move, here or in a thread of its own."""
         with self._exclusive():
             self._check_open()
+            self._check_not_reading()
             move = _Move(direction, self._device.memory())
             return self._start(move, wanted, act) if non_blocking else self._make(move, wanted, act)
 
@@ -576,6 +669,10 @@ class MemoryManager:
     def _check_open(self) -> None:
         if self._closed:
             raise ManagerClosedError("this memory manager is closed; create a new one with create_memory_manager")
+
+    def _check_not_reading(self) -> None:
+        if self._reading:
+            raise OffloadedError("state is being read on the host by manager.on_host; move it when that has returned")
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -110,8 +110,8 @@ def add_optimizer(inventory: Inventory, optimizer: Any) -> None:
                 main.add(f"{prefix}.{attribute}[{index}]", tensor)
         inner = device_part(leaf.optimizer)
         if inner is not None:
-            collect.add_main_weights(main, inner)
-            collect.add_optimizer_states(states, inner)
+            collect.add_main_weights(main, inner, f"{prefix}.")
+            collect.add_optimizer_states(states, inner, f"{prefix}.")
     # A precision-aware optimizer keeps its main copies in the state dictionary.
     main.tensors.extend(entry for entry in states.tensors if _is_main_copy(entry[0]))
     states.tensors[:] = [entry for entry in states.tensors if not _is_main_copy(entry[0])]

@@ -31,6 +31,10 @@ class HostSlice:
         """uint8 tensor of shape [nbytes] on the host; no copy."""
         return self.region.bytes[self.offset : self.offset + self.nbytes]
 
+    def lend(self) -> torch.UntypedStorage:
+        """A storage of `nbytes` over them for others to look at; no copy."""
+        return self.region.lend(self.offset, self.nbytes)
+
 
 class Transport:
     """Moves bytes for one manager."""

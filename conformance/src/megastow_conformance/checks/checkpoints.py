@@ -74,7 +74,7 @@ def checkpoint(case: Case) -> None:
 
 def checkpoint_sharded(case: Case) -> None:
     """The same with Megatron's distributed checkpoints: one saved before a cycle and one after it are as good."""
-    before, after = _shared_folder(case), _shared_folder(case)
+    before, after = shared_folder(case), shared_folder(case)
     trainer = trained(case)
     manager = case.manager(trainer)
     trainer.save_sharded(before)
@@ -90,7 +90,7 @@ def checkpoint_sharded(case: Case) -> None:
     dist.barrier()  # rank 0 removes the folders as soon as it is through
 
 
-def _shared_folder(case: Case) -> Path:
+def shared_folder(case: Case) -> Path:
     """A new folder that every rank knows, removed when the check is over on rank 0."""
     name = [""]
     if case.rank == 0:

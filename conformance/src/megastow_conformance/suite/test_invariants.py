@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from megastow_conformance.checks import checkpoints, faults, gradients, interface, moves, selection, stateful, training
+from megastow_conformance.checks import (
+    checkpoints,
+    faults,
+    gradients,
+    host_state,
+    interface,
+    moves,
+    selection,
+    stateful,
+    training,
+)
 from megastow_conformance.plugin import Conformance
 
 
@@ -119,6 +129,18 @@ def test_checkpoint_load_state_dict(conformance: Conformance) -> None:
 @pytest.mark.megastow(scenarios=lambda scenario: scenario.model == "gpt", needs={"sharded_checkpoint"})
 def test_checkpoint_sharded(conformance: Conformance) -> None:
     conformance.run(checkpoints.checkpoint_sharded)
+
+
+@pytest.mark.megastow(scenarios=lambda scenario: not scenario.overlap, needs={"restore"})
+def test_host_state(conformance: Conformance) -> None:
+    conformance.run(host_state.host_state)
+
+
+@pytest.mark.megastow(
+    scenarios=lambda scenario: scenario.model == "gpt" and not scenario.overlap, needs={"sharded_checkpoint"}
+)
+def test_host_state_sharded(conformance: Conformance) -> None:
+    conformance.run(host_state.host_state_sharded)
 
 
 def test_select(conformance: Conformance) -> None:
