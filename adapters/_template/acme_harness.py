@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megastow_conformance.base_trainer import BaseTrainer, through_a_file
+from megastow_conformance.base_trainer import BaseTrainer
 from megastow_conformance.scenarios import Scenario
 from megastow_conformance.toy_model import ToyModel
 from megastow_conformance.trainer import Use
@@ -71,10 +71,10 @@ class AcmeTrainer(BaseTrainer):
         own: list[Use] = [("zero_grads", chunk.zero_grads), ("reduce_grads", chunk.reduce_grads)]
         return super().uses(kind) + (own if kind == "grad_buffers" else [])
 
-    def checkpoint(self) -> dict[str, Any]:
+    def live_checkpoint(self) -> dict[str, Any]:
         """What the fork's own `state_dict` methods give."""
         model = [chunk.state_dict() for chunk in self.model]
-        return through_a_file({"model": model, "optimizer": self.optimizer.state_dict()})
+        return {"model": model, "optimizer": self.optimizer.state_dict()}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """The fork's own `load_state_dict` methods."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import torch
 
 from megastow import Residency
 from megastow_conformance import oracle
+from megastow_conformance.base_trainer import through_a_file
 from megastow_conformance.case import Case
 from megastow_conformance.checks.checkpoints import leaves, shared_folder
 from megastow_conformance.checks.common import KINDS, away, cycle, need_megastow, trained
@@ -37,7 +36,7 @@ def host_state(case: Case) -> None:
         listed = [view for kind in KINDS[:3] for view in manager.host_state_dict(kind).values()]
         missing = {oracle.storage_key(view) for view in views.values()} - {oracle.storage_key(view) for view in listed}
         assert not missing, f"host_state_dict leaves out {len(missing)} storages"
-        saved = _through_a_file(manager.on_host(trainer.live_checkpoint))
+        saved = through_a_file(manager.on_host(trainer.live_checkpoint))
         oracle.assert_same(on_device, oracle.snapshot(leaves(saved)), "a checkpoint saved while away")
         assert _released(trainer).keys() == released.keys()
         assert {manager.residency(kind) for kind in KINDS} == {Residency.OFFLOADED}
@@ -70,11 +69,3 @@ def _released(trainer: Trainer) -> dict[str, torch.Tensor]:
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
     size = tensor.untyped_storage().nbytes()
     return tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), size
-
-
-def _through_a_file(state: object) -> dict[str, object]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, object] = torch.load(file, map_location="cpu", weights_only=False)
-    return loaded

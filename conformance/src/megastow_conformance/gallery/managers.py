@@ -195,3 +195,16 @@ def lets_two_managers_in(model: Any, optimizer: Any = None, **options: Any) -> M
 
 def _find_nothing(*_arguments: object) -> list[Any]:
     return []
+
+
+@breaks("host_state")
+class ForgetsWhereATensorBegins(MemoryManager):
+    """Gives a view on the beginning of a storage, wherever on it the tensor lies.
+
+    Stands for `torch.frombuffer(memory, dtype).view(shape)`: right for a tensor that is alone on its storage, and other
+    bytes for each that lies in a flat buffer.
+    """
+
+    def host_tensor(self, wanted: str | torch.Tensor) -> torch.Tensor:
+        view = super().host_tensor(wanted)
+        return view.as_strided(view.size(), view.stride(), 0)
