@@ -24,7 +24,8 @@ def host_state(case: Case) -> None:
     manager = case.manager(trainer)
     need_megastow(case, manager, _WHY_NOT)
     cycle(case, manager, trainer)
-    before, on_device = oracle.snapshot(trainer.named_state()), oracle.snapshot(leaves(trainer.checkpoint()))
+    on_device = oracle.snapshot(leaves(trainer.checkpoint()))  # first: it gathers weights, which needs the device
+    before = oracle.snapshot(trainer.named_state())
     layouts = {name: _layout(tensor) for name, tensor in trainer.named_state().items()}
     with away(case, manager, trainer):
         released = _released(trainer)

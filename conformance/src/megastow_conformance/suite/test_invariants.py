@@ -131,7 +131,7 @@ def test_checkpoint_sharded(conformance: Conformance) -> None:
     conformance.run(checkpoints.checkpoint_sharded)
 
 
-@pytest.mark.megastow(scenarios=lambda scenario: not scenario.overlap, needs={"restore"})
+@pytest.mark.megastow(needs={"restore"})
 def test_host_state(conformance: Conformance) -> None:
     conformance.run(host_state.host_state)
 
