@@ -460,6 +460,7 @@ class MemoryManager:
         wanted = parse_kinds(kinds)
         with self._exclusive():
             self._check_open()
+            self._check_not_reading()
             self._finish_preparing()
             self._trainer.quiesce([k for k in wanted if not self._engine.is_away(k)], keep_grads=True)
             # Only sizes go to the thread: tensors in its hands would outlive the step that drops them.
