@@ -7,11 +7,12 @@ bound the memory that it takes.
 
 from __future__ import annotations
 
-import contextlib
 import queue
+import threading
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 
@@ -43,16 +44,24 @@ class Staging:
         self._device = device
         self.chunk_bytes = -(-min(chunk_bytes, _MOST_BUFFER_BYTES) // PAGE_BYTES) * PAGE_BYTES
         self.nbytes = self.chunk_bytes * _WORKERS
-        self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self._tasks: _Tasks = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._pending: list[Future[None]] = []
+        weakref.finalize(self, _dismiss, self._tasks, self._threads)
 
     def use(self, buffers: torch.Tensor) -> None:
-        """Work through this memory from now on: a page-aligned uint8 tensor of shape [nbytes]."""
-        self._buffers = queue.SimpleQueue()
-        for buffer in buffers.split(self.chunk_bytes):
-            self._buffers.put(buffer)
-        self._threads = ThreadPoolExecutor(_WORKERS, "megastow-staging")
+        """Start the threads, to work through this memory: a page-aligned uint8 tensor of shape [nbytes]."""
+        try:
+            for buffer in buffers.split(self.chunk_bytes):
+                # Not waited for when the interpreter ends: a move, in a thread that is, waits for what it needs.
+                thread = threading.Thread(
+                    target=_work, args=(self._tasks, buffer), name="megastow-staging", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, source: torch.Tensor, region: Region, offset: int) -> None:
         """Queue the copy of device memory (uint8, at most `chunk_bytes`) to a region; call within `copying()`."""
@@ -89,36 +98,51 @@ class Staging:
     def close(self) -> None:
         """Wait for what is under way, and let go of threads and buffers. Calling it twice is fine."""
         self.settle()
-        if self._threads is not None:
-            self._threads.shutdown()
-        self._threads = None
-        self._buffers = queue.SimpleQueue()
+        threads = list(self._threads)
+        _dismiss(self._tasks, self._threads)
+        for thread in threads:
+            thread.join()
 
     def _queue(self, work: Callable[[torch.Tensor], None]) -> None:
-        assert self._threads is not None, "a region that is not page-locked was reserved without buffers"
+        assert self._threads, "a region that is not page-locked was reserved without buffers"
         enter = self._device.as_here()
-        future: Future[None] = Future()
-        self._pending.append(future)  # before it is queued: whatever interrupts us, `settle` knows of it
-        self._threads.submit(self._run, future, work, enter)
 
-    def _run(
-        self,
-        future: Future[None],
-        work: Callable[[torch.Tensor], None],
-        enter: Callable[[], contextlib.AbstractContextManager[object]],
-    ) -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        buffer = self._buffers.get()
-        try:
+        def there(buffer: torch.Tensor) -> None:
             with enter(), torch.no_grad():
                 work(buffer)
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-        finally:
-            self._buffers.put(buffer)
+
+        future: Future[None] = Future()
+        self._pending.append(future)  # before it is queued: whatever interrupts us, `settle` knows of it
+        self._tasks.put((future, there))
+
+
+_Tasks = queue.SimpleQueue["tuple[Future[None], Callable[[torch.Tensor], None]] | None"]
+"""What threads are to do; None ends one."""
+
+
+def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
+    """What each thread does: knows nobody who would have to outlive it."""
+    while (task := tasks.get()) is not None:
+        future, work = task
+        if future.set_running_or_notify_cancel():
+            error: BaseException | None = None
+            try:
+                work(buffer)
+            except BaseException as raised:
+                error = raised
+            del task, work  # they hold device memory, and whoever waits for us may count its owners
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+            del error
+        del future
+
+
+def _dismiss(tasks: _Tasks, threads: list[threading.Thread]) -> None:
+    while threads:
+        threads.pop()
+        tasks.put(None)
 
 
 class StagedArrival(Arrival):
