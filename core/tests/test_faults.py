@@ -19,19 +19,21 @@ from megastow import (
     faults,
 )
 
-BACK = [name for name in faults.POINTS if name.startswith("onload")]
-OUT = [name for name in faults.POINTS if not name.startswith("onload")]
+BACK = [name for name in faults.POINTS if name.startswith("onload") or name == "disk.read"]
+ON_DISK = [name for name in faults.POINTS if name.startswith("disk")]
+BY_WAY_OF_BUFFERS = ["host.allocate", "host.lock", *(name for name in faults.POINTS if "load" in name)]
 ERRORS = (RuntimeError, MemoryError, KeyboardInterrupt)
 SIZES = {"bucket_bytes": 4096, "chunk_bytes": 512}
 TOKENS = torch.zeros(1, dtype=torch.long)
 
 
 @functools.cache
-def count(name, kinds):
+def count(name, kinds, host_memory="pinned", disk_folder=None):
     """How often a move of `kinds` passes a point."""
     trainer = Trainer()
     trainer.step()
-    manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES)
+    where = {"host_memory": host_memory, "disk_folder": disk_folder}
+    manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES, **where)
     with faults.inject(name, RuntimeError, after=1 << 40) as passed:
         manager.offload(*kinds, keep_grads=True)
         manager.onload()
@@ -65,9 +67,27 @@ def assert_guarded(trainer, kind, away):
 
 @pytest.mark.parametrize("kinds", [("weights",), ("optimizer_states",), ("grad_buffers",), KINDS], ids="+".join)
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize("name", faults.POINTS)
+@pytest.mark.parametrize("name", [name for name in faults.POINTS if name not in ON_DISK])
 def test_every_step_can_fail(name, error, kinds):
-    passes = count(name, kinds)
+    strike(name, error, kinds)
+
+
+@pytest.mark.parametrize("kinds", [("optimizer_states",), KINDS], ids="+".join)
+@pytest.mark.parametrize("error", ERRORS[1:])
+@pytest.mark.parametrize("name", [*ON_DISK, *BY_WAY_OF_BUFFERS])
+def test_every_step_can_fail_where_copies_are_on_disk(name, error, kinds, disk_folder):
+    strike(name, error, kinds, host_memory="disk", disk_folder=disk_folder)
+
+
+@pytest.mark.parametrize("error", ERRORS[1:])
+@pytest.mark.parametrize("name", BY_WAY_OF_BUFFERS)
+def test_every_step_can_fail_where_copies_are_pageable(name, error):
+    strike(name, error, KINDS, host_memory="pageable")
+
+
+def strike(name, error, kinds, **where):
+    """Make a move fail at a step: early, late, and in between."""
+    passes = count(name, kinds, **where)
     if not passes:
         assert name.startswith("pack"), f"nothing passes {name}"
         assert kinds == ("grad_buffers",)  # are never packed
@@ -75,7 +95,7 @@ def test_every_step_can_fail(name, error, kinds):
         trainer = Trainer()
         trainer.step()
         before = snapshot(trainer.tensors())
-        manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES)
+        manager = create_memory_manager(trainer.model, trainer.optimizer, **SIZES, **where)
         if name in BACK:
             manager.offload(*kinds, keep_grads=True)
             call, resting = manager.onload, Residency.OFFLOADED
@@ -92,6 +112,7 @@ def test_every_step_can_fail(name, error, kinds):
         manager.onload()
         assert_same(before, snapshot(trainer.tensors()))
         trainer.step()
+        manager.close()
         del blocks
 
 
@@ -184,7 +205,7 @@ def test_only_known_points_can_be_armed():
 # --- an interruption at every line -----------------------------------------------------------------------------------
 
 _SOURCE = str(Path(megastow.__file__).parent)
-_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py")
+_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py", "staging.py", "disk.py")
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -253,12 +274,14 @@ class Small:
 
 
 @pytest.mark.parametrize("direction", ["offload", "onload"])
-def test_an_interruption_at_any_line_loses_nothing(direction):
-    line, stride, ended = 0, 13, False
+@pytest.mark.parametrize(("host_memory", "stride"), [("pinned", 13), ("disk", 17)])
+def test_an_interruption_at_any_line_loses_nothing(direction, host_memory, stride, disk_folder):
+    line, ended = 0, False
     while not ended:
         small = Small()
         before, grads = snapshot(small.kept), snapshot(dict(enumerate(small.grads.values())))
-        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=2048, chunk_bytes=8)
+        where = {"host_memory": host_memory, "disk_folder": disk_folder}
+        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=2048, chunk_bytes=8, **where)
         attributes = small.attributes()
         if direction == "onload":
             manager.offload()

@@ -117,11 +117,11 @@ def test_the_arena_checks_everything_together_and_counts_what_it_holds(monkeypat
     arena = HostArena(Locks())
     arena.reserve("a", 4 * PAGE)
     asked = []
-    monkeypatch.setattr("megastow.host.check_host_memory", asked.append)
+    monkeypatch.setattr("megastow.host.shortage", lambda nbytes, limits: asked.append(nbytes))
     arena.check({"a": 4 * PAGE, "b": 1, "c": PAGE})
     arena.check({"a": 4 * PAGE})
     arena.check({"a": PAGE, "b": 2 * PAGE})
-    assert asked == [2 * PAGE]
+    assert set(asked) == {2 * PAGE}
     assert arena.nbytes == 4 * PAGE
 
 

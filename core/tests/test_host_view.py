@@ -63,6 +63,25 @@ def test_a_view_has_the_bytes_and_the_layout_of_what_is_away(trainer, sizes):
     assert_same(before, snapshot(tensors))
 
 
+@pytest.mark.parametrize("tier", ["pageable", "disk"])
+def test_a_view_of_what_is_in_another_tier_outlives_it_too(trainer, tier, disk_folder):
+    manager = make(trainer, host_memory=tier, disk_folder=disk_folder)
+    tensors = moved(trainer.tensors(KEPT))
+    cycle(manager)
+    before, layouts = snapshot(tensors), {n: layout(t) for n, t in tensors.items()}
+    manager.offload()
+    views = {n: manager.host_tensor(t) for n, t in tensors.items()}
+    assert {n: layout(v) for n, v in views.items()} == layouts
+    with pytest.raises(ReadOnlyError):
+        next(iter(views.values())).zero_()
+    manager.onload()
+    trainer.step()
+    manager.offload()
+    assert_same(before, snapshot(views))
+    manager.close()
+    assert_same(before, snapshot(views))
+
+
 def test_every_alias_of_an_offloaded_storage_has_a_view(trainer):
     model, manager = trainer.model, make(trainer)
     cycle(manager)

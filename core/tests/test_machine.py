@@ -1,5 +1,7 @@
 """What the machine can give, read from made-up /proc and /sys."""
 
+from pathlib import Path
+
 import pytest
 
 from megastow import machine
@@ -111,3 +113,28 @@ def test_this_machine():
     assert 0 < limits.available_bytes <= limits.total_bytes
     assert machine.resident_bytes() > 1 << 20
     assert machine.usable_cpus()
+
+
+def test_what_file_system_a_path_is_on(root):
+    made = root(
+        {
+            "proc/self/mountinfo": "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+            "30 22 0:26 / /mnt/fast\\040disk rw - xfs /dev/nvme0 rw\n"
+            "31 30 0:27 / /mnt/fast\\040disk/shm rw shared:9 master:1 - tmpfs none rw\n"
+            "32 22 0:28 / /mnt/over rw - tmpfs none rw\n"
+            "33 22 0:29 / /mnt/over rw - ext4 /dev/vdb rw\n"
+        }
+    )
+    asked = {
+        "/home": "ext4",
+        "/mnt/fast disk": "xfs",
+        "/mnt/fast disk/scratch": "xfs",
+        "/mnt/fast disk/shm/deep/down": "tmpfs",
+        "/mnt/fast disk/shmoo": "xfs",
+        "/mnt/over/x": "ext4",
+    }
+    assert {path: machine.file_system(Path(path), made) for path in asked} == asked
+
+
+def test_a_system_without_mounts_tells_no_file_system(tmp_path):
+    assert machine.file_system(Path("/"), tmp_path) is None

@@ -15,11 +15,15 @@ subsets = st.sets(st.sampled_from(KINDS), min_size=1)
 
 
 class RandomWalk(RuleBasedStateMachine):
-    @initialize(bucket=st.sampled_from([1, 2048, 8192, 1 << 20]), chunk=st.sampled_from([100, 4096]))
-    def start(self, bucket, chunk):
+    @initialize(
+        bucket=st.sampled_from([1, 2048, 8192, 1 << 20]),
+        chunk=st.sampled_from([100, 4096]),
+        host_memory=st.sampled_from(["pinned", "pageable"]),
+    )
+    def start(self, bucket, chunk, host_memory):
         self.trainer, self.twin = Trainer(width=8), Trainer(width=8)
         self.manager = create_memory_manager(
-            self.trainer.model, self.trainer.optimizer, bucket_bytes=bucket, chunk_bytes=chunk
+            self.trainer.model, self.trainer.optimizer, bucket_bytes=bucket, chunk_bytes=chunk, host_memory=host_memory
         )
         self.away = set()
         self.blocks = []

@@ -26,6 +26,7 @@ from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, MemoryFigures, TransferReport
 from megastow.state import Residency, StateKind
 from megastow.swap import swap
+from megastow.tiers import Tier
 
 try:
     __version__ = version("megastow")
@@ -53,6 +54,7 @@ __all__ = [
     "Residency",
     "StateChangedError",
     "StateKind",
+    "Tier",
     "TransferError",
     "TransferHandle",
     "TransferReport",

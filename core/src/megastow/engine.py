@@ -30,15 +30,18 @@ from typing import Protocol
 import torch
 
 from megastow import faults, machine
-from megastow.device import Arrival, Device, Stopwatch
+from megastow.device import Device, Stopwatch
+from megastow.disk import DiskFolder
 from megastow.errors import DeviceMemoryError, MegastowError, StateChangedError, TransferError
 from megastow.flat import FlatTensors
 from megastow.forking import process_lock
 from megastow.host import HostArena, align_up
 from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, format_bytes
+from megastow.staging import StagedArrival, Staging
 from megastow.state import Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, belongs_to, byte_view, find_storages, storage_id
+from megastow.tiers import HostMemory, Placement, Region, Tier
 from megastow.transport import HostSlice, Transport
 
 DEFAULT_BUCKET_BYTES = 512 << 20
@@ -105,10 +108,19 @@ class Engine:
             thread may read it.
     """
 
-    def __init__(self, device: Device, *, bucket_bytes: int, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        bucket_bytes: int,
+        chunk_bytes: int,
+        host_memory: HostMemory = "pinned",
+        folder: DiskFolder | None = None,
+    ) -> None:
         self._device = device
-        self._arena = HostArena(device)
-        self._transport = Transport(device, chunk_bytes)
+        staging = Staging(device, chunk_bytes)
+        self._arena = HostArena(device, host_memory, folder, staging)
+        self._transport = Transport(device, chunk_bytes, staging)
         self._flat = FlatTensors(device, bucket_bytes)
         self._parked: dict[StateKind, list[Parked]] = {}
         self._moving: dict[StateKind, Residency] = {}
@@ -136,6 +148,21 @@ class Engine:
         """Host memory held for copies, in use or ready."""
         return self._arena.nbytes
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk held for copies, in use or ready."""
+        return self._arena.disk_bytes
+
+    def tier_notes(self, kinds: Collection[StateKind]) -> list[str]:
+        """What a reader should know of the tiers in which kinds are kept; nothing if they are where they would be."""
+        demoted = self._arena.demoted()
+        return [
+            f"{kind} is kept in the tier {demoted[kind, transient][0]}: {demoted[kind, transient][1]}"
+            for kind in kinds
+            for transient in (False, True)
+            if (kind, transient) in demoted
+        ]
+
     def find(self, inventory: Inventory, kinds: Collection[StateKind]) -> list[StorageRecord]:
         """The storages of `kinds` on the device; raises for what could not be moved."""
         away = {storage_id(p.storage) for entries in self._parked.values() for p in entries}
@@ -149,15 +176,29 @@ class Engine:
         """
         here = [kind for kind in kinds if not self.is_away(kind)]
         records = self.find(inventory, here)
-        entries = {kind: _as_planned(kind, self.residency(kind), records, keep_grads) for kind in kinds}
-        away = [kind for kind in kinds if self.is_away(kind)]
-        entries.update({kind: _as_parked(kind, self.residency(kind), self._parked[kind]) for kind in away})
+        unit = self._arena.unit_bytes
+        sizes = _host_sizes(records, keep_grads, unit)
+        placement = self._arena.place(sizes)
+        entries = {
+            kind: _as_planned(kind, self.residency(kind), records, keep_grads, placement, unit)
+            if kind in here
+            else _as_parked(kind, self.residency(kind), self._parked[kind], unit)
+            for kind in kinds
+        }
         return MovePlan(
             entries,
-            new_host_bytes=max(0, self._arena.missing(_host_sizes(records, keep_grads))),
+            new_host_bytes=max(0, placement.memory_bytes),
             packing_bytes=self._flat.most_extra_bytes(records),
             limits=machine.host_limits(),
             numa_node=self._device.numa_node(),
+            new_disk_bytes=max(0, placement.disk_bytes),
+            disk=self._arena.disk_space(),
+            problem=placement.problem,
+            notes=tuple(
+                f"{kind} would be kept on disk: {placement.reasons[kind, transient]}"
+                for kind, transient in sizes
+                if (kind, transient) in placement.reasons
+            ),
         )
 
     # --- moves ---------------------------------------------------------------------------------------------------
@@ -173,7 +214,8 @@ class Engine:
         """
         here = [kind for kind in kinds if kind not in self._parked]
         with self._during("preparation", here, Residency.RESIDENT):
-            return _host_sizes(self._pack(inventory, here, keep_grads=False), keep_grads=False)
+            records = self._pack(inventory, here, keep_grads=False)
+            return _host_sizes(records, False, self._arena.unit_bytes)
 
     def reserve(self, sizes: Mapping[RegionKey, int]) -> int:
         """Make host memory ready for the next offload; returns the bytes now held.
@@ -186,6 +228,7 @@ class Engine:
         Raises:
             HostMemoryError: the host cannot give that much.
         """
+        self._arena.check(sizes)
         for key, nbytes in sizes.items():
             self._arena.reserve(key, nbytes)
         return self._arena.nbytes
@@ -228,7 +271,7 @@ class Engine:
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
-                reports[kind] = _report(kind, entries, clock.seconds[kind])
+                reports[kind] = _report(kind, entries, clock.seconds[kind], self._arena.unit_bytes)
         return reports
 
     def onload(
@@ -277,7 +320,7 @@ class Engine:
             entries = {kind: self._parked[kind] for kind in moving}
             self._refill(entries, clock, permit, None if arrived is None else tell)
             for kind in moving:
-                reports[kind] = _report(kind, entries[kind], clock.seconds[kind])
+                reports[kind] = _report(kind, entries[kind], clock.seconds[kind], self._arena.unit_bytes)
                 self._parked.pop(kind, None)
         return reports, notes
 
@@ -305,6 +348,7 @@ class Engine:
         """
         try:
             self.announce(kinds, residency)
+            self._transport.begin()
             with torch.inference_mode(False), torch.no_grad():
                 yield
         except MegastowError:
@@ -329,7 +373,7 @@ class Engine:
         """
         self._device.synchronize()
         records = self.find(inventory(), kinds)
-        self._arena.check(_host_sizes(records, keep_grads))
+        self._arena.check(_host_sizes(records, keep_grads, self._arena.unit_bytes))
         if not self._flat.pack(records):
             return records
         self._device.synchronize()
@@ -340,19 +384,22 @@ class Engine:
     ) -> dict[StateKind, list[Parked]]:
         """Give every storage that is kept a place in host memory."""
         plans: dict[StateKind, list[Parked]] = {kind: [] for kind in kinds}
-        sizes = _host_sizes(records, keep_grads)
+        unit = self._arena.unit_bytes
+        sizes = _host_sizes(records, keep_grads, unit)
         offsets = dict.fromkeys(sizes, 0)
+        regions: dict[RegionKey, Region] = {}
+        for key, nbytes in sizes.items():
+            with clock.running(key[0]):
+                regions[key] = self._arena.reserve(key, nbytes)
         for kind in kinds:
             with clock.running(kind):
-                keys = [(kind, transient) for transient in (False, True)]
-                regions = {key: self._arena.reserve(key, sizes[key]) for key in keys if key in sizes}
                 for record in (r for r in records if r.kind is kind):
                     parked = Parked(record.storage, record.nbytes, kind, record.names, None)
                     plans[kind].append(parked)
                     if record.keep or keep_grads:
                         key = _region_key(record)
                         parked.host = HostSlice(regions[key], offsets[key], parked.nbytes)
-                        offsets[key] += align_up(parked.nbytes)
+                        offsets[key] += align_up(parked.nbytes, unit)
         return plans
 
     def _move_out(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
@@ -363,7 +410,7 @@ class Engine:
         before = self.released_bytes
         self._claim(plans)
         try:
-            on_their_way: deque[tuple[Parked, Arrival]] = deque()
+            on_their_way: deque[tuple[Parked, StagedArrival]] = deque()
             in_flight = 0
             with self._device.copying():
                 for parked in (p for entries in plans.values() for p in entries):
@@ -377,7 +424,7 @@ class Engine:
                         in_flight -= oldest.nbytes
                 for parked, arrival in on_their_way:
                     self._release(parked, arrival, clock)
-            self._device.confirm()  # the clocks stop behind the last copy
+            self._transport.confirm()  # the clocks stop behind the last copy
             faults.point("offload.drop")
             self._drop(plans, clock)
         except BaseException:
@@ -413,17 +460,18 @@ class Engine:
                     )
             self._parked.update(plans)
 
-    def _copy_out(self, parked: Parked, clock: _KindClock) -> Arrival:
+    def _copy_out(self, parked: Parked, clock: _KindClock) -> StagedArrival:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
             self._transport.copy_out(parked.storage, parked.host)
-            return self._device.arrival()
+            return self._transport.arrival()
 
-    def _release(self, parked: Parked, arrival: Arrival, clock: _KindClock) -> None:
+    def _release(self, parked: Parked, arrival: StagedArrival, clock: _KindClock) -> None:
         """Give up the device side of a storage when its copy has arrived."""
         faults.point("offload.confirm")
         arrival.wait()
+        clock.add(parked.kind, arrival.host_seconds)
         with clock.running(parked.kind):
             faults.point("offload.release")
             parked.released = True
@@ -462,7 +510,7 @@ class Engine:
             if free is not None and needed > free:
                 raise _no_device_memory(plans, needed, free)
         taken: list[Parked] = []
-        arrivals: dict[StateKind, Arrival] = {}
+        arrivals: dict[StateKind, StagedArrival] = {}
         wanted = 0
         try:
             # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
@@ -478,17 +526,17 @@ class Engine:
                         for parked in part:
                             with clock.copying(parked.kind, self._device):
                                 self._copy_in(parked)
-                            arrivals[parked.kind] = self._device.arrival()
+                            arrivals[parked.kind] = self._transport.arrival()
                 if arrived is not None:
                     for kind in kinds:
-                        self._confirm(kind, arrivals)
+                        self._confirm(kind, arrivals, clock)
                         for parked in plans[kind]:
                             parked.released = False
                         arrived(kind)
             if arrived is None:
                 for kind in plans:
-                    self._confirm(kind, arrivals)
-            self._device.confirm()
+                    self._confirm(kind, arrivals, clock)
+            self._transport.confirm()
         except BaseException as error:
             self._settle()
             for parked in taken:
@@ -502,11 +550,12 @@ class Engine:
             parked.released = False
 
     @staticmethod
-    def _confirm(kind: StateKind, arrivals: Mapping[StateKind, Arrival]) -> None:
+    def _confirm(kind: StateKind, arrivals: Mapping[StateKind, StagedArrival], clock: _KindClock) -> None:
         """Wait until all copies of a kind have arrived."""
         faults.point("onload.confirm")
         if kind in arrivals:
             arrivals[kind].wait()
+            clock.add(kind, arrivals[kind].host_seconds)
 
     @staticmethod
     def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
@@ -532,8 +581,7 @@ class Engine:
 
     def _settle(self) -> None:
         """Wait for copies of a failed move, so that nothing writes any more; what failed them is known already."""
-        with contextlib.suppress(Exception):
-            self._device.confirm()
+        self._transport.settle()
 
     @staticmethod
     def _check_untouched(parked: Parked) -> None:
@@ -559,6 +607,9 @@ class _KindClock:
         yield
         self._host[kind] += time.perf_counter() - start
 
+    def add(self, kind: StateKind, seconds: float) -> None:
+        self._host[kind] += seconds
+
     @contextlib.contextmanager
     def copying(self, kind: StateKind, device: Device) -> Iterator[None]:
         watch = device.stopwatch()
@@ -580,41 +631,64 @@ def _region_key(record: StorageRecord) -> RegionKey:
     return record.kind, record.transient
 
 
-def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool) -> dict[RegionKey, int]:
-    """Host bytes for the storages that are kept, by region."""
+def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -> dict[RegionKey, int]:
+    """Host bytes for the storages that are kept, by region, the one that is needed soonest first."""
     sizes: dict[RegionKey, int] = {}
     for record in records:
         if record.keep or keep_grads:
             key = _region_key(record)
-            sizes[key] = sizes.get(key, 0) + align_up(record.nbytes)
-    return sizes
+            sizes[key] = sizes.get(key, 0) + align_up(record.nbytes, unit)
+    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (_ORDER_OF_USE.index(key[0]), not key[1]))}
 
 
-def _as_planned(kind: StateKind, residency: Residency, records: Iterable[StorageRecord], keep_grads: bool) -> KindPlan:
+def _as_planned(
+    kind: StateKind,
+    residency: Residency,
+    records: Iterable[StorageRecord],
+    keep_grads: bool,
+    placement: Placement,
+    unit: int,
+) -> KindPlan:
     mine = [record for record in records if record.kind is kind]
+    kept = [(placement.tiers[_region_key(r)], align_up(r.nbytes, unit)) for r in mine if r.keep or keep_grads]
     return KindPlan(
         kind,
         residency,
         num_tensors=sum(len(r.tensors) for r in mine),
         device_bytes=sum(r.nbytes for r in mine),
-        host_bytes=sum(align_up(r.nbytes) for r in mine if r.keep or keep_grads),
+        host_bytes=_in_memory(kept),
+        disk_bytes=_on_disk(kept),
+        tier=placement.tiers.get((kind, False)),
     )
 
 
-def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked]) -> KindPlan:
-    report = _report(kind, entries, seconds=0.0)
-    return KindPlan(kind, residency, report.num_tensors, report.device_bytes, report.host_bytes)
+def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked], unit: int) -> KindPlan:
+    report = _report(kind, entries, 0.0, unit)
+    tier = next((p.host.region.tier for p in entries if p.host is not None), None)
+    return KindPlan(
+        kind, residency, report.num_tensors, report.device_bytes, report.host_bytes, report.disk_bytes, tier
+    )
 
 
-def _report(kind: StateKind, entries: Sequence[Parked], seconds: float) -> KindReport:
+def _report(kind: StateKind, entries: Sequence[Parked], seconds: float, unit: int) -> KindReport:
+    kept = [(p.host.region.tier, align_up(p.nbytes, unit)) for p in entries if p.host is not None]
     return KindReport(
         kind,
         moved=True,
         num_tensors=sum(len(p.names) for p in entries),
         device_bytes=sum(p.nbytes for p in entries),
-        host_bytes=sum(align_up(p.nbytes) for p in entries if p.host is not None),
+        host_bytes=_in_memory(kept),
         seconds=seconds,
+        disk_bytes=_on_disk(kept),
     )
+
+
+def _in_memory(kept: Iterable[tuple[Tier, int]]) -> int:
+    return sum(nbytes for tier, nbytes in kept if tier is not Tier.DISK)
+
+
+def _on_disk(kept: Iterable[tuple[Tier, int]]) -> int:
+    return sum(nbytes for tier, nbytes in kept if tier is Tier.DISK)
 
 
 def _no_device_memory(plans: Mapping[StateKind, object], needed: int, free: int | None) -> DeviceMemoryError:

@@ -7,6 +7,7 @@ such a step; it does nothing unless a test has armed that name with `inject`. No
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 POINTS = (
@@ -21,6 +22,10 @@ POINTS = (
     "onload.reserve",  # before each storage is taken
     "onload.chunk",  # before each chunk's copy is queued
     "onload.confirm",  # before the copies are waited for
+    # Only where a kind is kept on disk; the last two in threads of the move, whose error ends it.
+    "disk.reserve",  # before the blocks of a file are taken
+    "disk.write",  # before each chunk is written
+    "disk.read",  # before each chunk is read
 )
 
 _armed: dict[str, Callable[[], None]] = {}
@@ -42,10 +47,13 @@ def inject(name: str, error: Callable[[], BaseException], *, after: int = 0) -> 
     if name not in POINTS:
         raise ValueError(f"there is no fault point {name!r}; there are {', '.join(POINTS)}")
     passed = [0]
+    counting = threading.Lock()
 
     def strike() -> None:
-        passed[0] += 1
-        if passed[0] == after + 1:
+        with counting:
+            passed[0] += 1
+            strikes = passed[0] == after + 1
+        if strikes:
             raise error()
 
     _armed[name] = strike

@@ -3,10 +3,13 @@
 torch's own page-locked blocks are rounded up to a power of two and locked page by page as they are first touched. Here
 a region is anonymous memory of exactly the pages needed, advised to use huge pages, touched by several threads that run
 on the device's NUMA node, and then page-locked in pieces. It lives as long as its manager and serves every cycle.
+
+Where a caller wants it so, or there is no room, a region is not page-locked, or is a file: see `tiers` and `disk`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -22,8 +25,11 @@ import torch
 
 from megastow import faults, loans, machine
 from megastow.device import Device
-from megastow.errors import HostMemoryError
+from megastow.disk import BLOCK_BYTES, DiskFolder, DiskSpace, disk_shortage
+from megastow.errors import HostMemoryError, InvalidArgumentError
 from megastow.report import format_bytes
+from megastow.staging import Staging
+from megastow.tiers import HostMemory, Placement, Region, Tier, place
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +48,7 @@ def align_up(nbytes: int, unit: int = ALIGNMENT_BYTES) -> int:
     return -(-nbytes // unit) * unit
 
 
-class HostRegion:
+class HostRegion(Region):
     """One run of host memory, page-locked where the device wants that.
 
     Attributes:
@@ -50,8 +56,14 @@ class HostRegion:
         bytes: uint8 tensor of shape [nbytes] over the memory.
     """
 
-    def __init__(self, nbytes: int, device: Device, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, nbytes: int, device: Device, piece_bytes: int = PIECE_BYTES, *, lock: bool = True) -> None:
         """Map, touch and page-lock; takes as long as the kernel needs for that many pages.
+
+        Args:
+            nbytes: the bytes wanted.
+            device: the accelerator that is to reach them.
+            piece_bytes: the most that is page-locked at once.
+            lock: page-lock now; otherwise `lock` does, or nobody.
 
         Raises:
             HostMemoryError: the memory could not be mapped or page-locked; nothing is left behind.
@@ -73,20 +85,51 @@ class HostRegion:
             logger.debug("this kernel has no transparent huge pages; page-locking will be slower")
         self._memory: mmap.mmap | None = memory
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        address = self.bytes.data_ptr()
-        locked: list[int] = []
+        self._device = device
+        self._locked: list[int] = []
         # Nobody unmaps: the tensor holds the mapping, and the kernel gets it back with the last view. Closing the
         # mapping by hand would succeed under a living view, and the next use of that view would crash.
-        self._finalizer = weakref.finalize(self, _unlock, device, locked, os.getpid())
+        self._finalizer = weakref.finalize(self, _unlock, device, self._locked, os.getpid())
         try:
             _touch(self.bytes, device.numa_node())
-            for start, nbytes in self._pieces(0, self.nbytes):
-                faults.point("host.lock")
-                device.lock_pages(address + start, nbytes)
-                locked.append(address + start)
+            if lock:
+                self.lock()
         except BaseException:
             self.close()
             raise
+
+    def lock(self) -> None:
+        """Page-lock all of it, so that its tier is `PINNED`.
+
+        Raises:
+            HostMemoryError: the driver refused; nothing is locked.
+        """
+        address = self.bytes.data_ptr()
+        try:
+            for start, nbytes in self._pieces(0, self.nbytes):
+                faults.point("host.lock")
+                self._device.lock_pages(address + start, nbytes)
+                self._locked.append(address + start)
+        except BaseException:
+            _unlock(self._device, self._locked, os.getpid())
+            raise
+
+    @property
+    def tier(self) -> Tier:
+        """`Tier.PINNED` or `Tier.PAGEABLE`."""
+        return Tier.PINNED if self._locked else Tier.PAGEABLE
+
+    def view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """The memory itself."""
+        return self.bytes[offset : offset + nbytes]
+
+    def write(self, offset: int, buffer: torch.Tensor, nbytes: int) -> None:
+        """Copy from a buffer in host memory."""
+        self.view(offset, nbytes).copy_(buffer[:nbytes])
+
+    def read(self, offset: int, buffer: torch.Tensor, nbytes: int) -> None:
+        """Copy into a buffer in host memory."""
+        buffer[:nbytes].copy_(self.view(offset, nbytes))
 
     def close(self) -> None:
         """Unlock, and unmap when nobody has a view any more. Not to be used again; calling it twice is fine."""
@@ -124,40 +167,89 @@ class HostRegion:
 
 
 class HostArena:
-    """The host memory of one manager: a region for each key, made when first needed and kept.
+    """The host memory and the files of one manager: a region for each key, made when first needed and kept.
 
     A region is replaced when the bytes that its key has to keep have changed, so that what is held is what is needed;
     and when somebody still looks at what it held, who keeps the old memory.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(
+        self,
+        device: Device,
+        host_memory: HostMemory = "pinned",
+        folder: DiskFolder | None = None,
+        staging: Staging | None = None,
+    ) -> None:
+        """Take nothing yet.
+
+        Args:
+            device: the accelerator.
+            host_memory: where regions are to be.
+            folder: where files go.
+            staging: what copies to and from regions that are not page-locked; gets its buffers with the first of them.
+        """
         self._device = device
-        self._regions: dict[Hashable, HostRegion] = {}
+        self._host_memory = host_memory
+        self._folder = folder or DiskFolder()
+        self._staging = staging or Staging(device)
+        self._buffers: HostRegion | None = None
+        self._regions: dict[Hashable, Region] = {}
+        self._tiers: dict[Hashable, Tier] = {}
+        self._reasons: dict[Hashable, str] = {}
         self._lock = threading.Lock()
 
+    @property
+    def unit_bytes(self) -> int:
+        """What a storage's place in a region is a multiple of: where a region may be a file, its block."""
+        return BLOCK_BYTES if self._host_memory in ("disk", "auto") else ALIGNMENT_BYTES
+
+    def place(self, sizes: Mapping[Any, int]) -> Placement:
+        """Where these regions would go, and what they would take beyond what is held; changes nothing.
+
+        Args:
+            sizes: the bytes of each, the one that is needed soonest first.
+        """
+        limits = machine.host_limits()
+        with self._lock:
+            held = {key: (r.tier, r.nbytes) for key, r in self._regions.items() if not r.is_lent}
+            staging_bytes = 0 if self._buffers else self._staging.nbytes
+        return place(
+            self._host_memory,
+            {key: align_up(nbytes, machine.PAGE_BYTES) for key, nbytes in sizes.items()},
+            held,
+            staging_bytes,
+            lambda nbytes: shortage(nbytes, limits) if nbytes > 0 else None,
+            self._lacks_on_disk,
+        )
+
+    def disk_space(self) -> DiskSpace | None:
+        """What the disk can give now; None if no file is ever made, or there is no disk."""
+        if self._host_memory not in ("disk", "auto"):
+            return None
+        with contextlib.suppress(InvalidArgumentError):
+            return self._folder.space()
+        return None
+
     def check(self, sizes: Mapping[Any, int]) -> None:
-        """See that `reserve` could give all of these together; changes nothing.
+        """Decide where `reserve` puts these, and see that it could give all of them together; takes nothing.
 
         Raises:
             HostMemoryError: the machine cannot give that much.
         """
-        missing = self.missing(sizes)
-        if missing > 0:
-            check_host_memory(missing)
-
-    def missing(self, sizes: Mapping[Any, int]) -> int:
-        """Host bytes that reserving all of these would take beyond what is held; negative if it gives some back."""
+        placement = self.place(sizes)
+        _refuse(placement.problem)
         with self._lock:
-            held = {key: region.nbytes for key, region in self._regions.items() if not region.is_lent}
-        return sum(align_up(nbytes, machine.PAGE_BYTES) - held.get(key, 0) for key, nbytes in sizes.items())
+            self._tiers.update(placement.tiers)
+            self._reasons.update(placement.reasons)
 
-    def reserve(self, key: Hashable, nbytes: int) -> HostRegion:
+    def reserve(self, key: Hashable, nbytes: int) -> Region:
         """The region of `key`, with room for exactly `nbytes` (whole pages).
 
         The content of a region that has to be replaced is lost: call it only while nothing is kept under the key.
 
         Raises:
             HostMemoryError: the machine cannot give that much. What the key held before is gone, other keys are not.
+            InvalidArgumentError: the disk folder cannot be used.
         """
         with self._lock:
             region = self._regions.get(key)
@@ -167,21 +259,84 @@ class HostArena:
             if region is not None:
                 del self._regions[key]
                 region.close()
-            check_host_memory(nbytes)
-            region = self._regions[key] = HostRegion(nbytes, self._device)
+            region = self._regions[key] = self._make(key, nbytes)
             return region
+
+    def demoted(self) -> Mapping[Hashable, tuple[Tier, str]]:
+        """The tier of each key that is not where it would be if there were room, and why."""
+        with self._lock:
+            return {key: (self._regions[key].tier, why) for key, why in self._reasons.items() if key in self._regions}
 
     @property
     def nbytes(self) -> int:
         """Host memory held now."""
         with self._lock:
-            return sum(region.nbytes for region in self._regions.values())
+            memory = [region for region in self._regions.values() if region.tier is not Tier.DISK]
+            return sum(region.nbytes for region in (*memory, *filter(None, [self._buffers])))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk held now."""
+        with self._lock:
+            return sum(region.nbytes for region in self._regions.values() if region.tier is Tier.DISK)
 
     def close(self) -> None:
         """Give everything back."""
+        self._staging.close()
         with self._lock:
             while self._regions:
                 self._regions.popitem()[1].close()
+            if self._buffers is not None:
+                self._buffers.close()
+                self._buffers = None
+
+    def _make(self, key: Hashable, nbytes: int) -> Region:
+        tier = self._tiers.get(key, Tier.PINNED if self._host_memory == "auto" else Tier(self._host_memory))
+        if tier is Tier.DISK:
+            self._make_buffers()
+            _refuse(self._lacks_on_disk(nbytes))
+            return self._folder.create(nbytes)
+        check_host_memory(nbytes)
+        region = HostRegion(nbytes, self._device, lock=False)
+        try:
+            if tier is Tier.PINNED:
+                self._lock_pages(key, region)
+            if region.tier is Tier.PAGEABLE:
+                self._make_buffers()
+        except BaseException:
+            region.close()
+            raise
+        return region
+
+    def _lock_pages(self, key: Hashable, region: HostRegion) -> None:
+        """Page-lock a region; with "auto" it stays as it is where the driver refuses."""
+        self._reasons.pop(key, None)
+        try:
+            region.lock()
+        except HostMemoryError as error:
+            if self._host_memory != "auto":
+                raise
+            self._reasons[key] = str(error)
+
+    def _make_buffers(self) -> None:
+        """Give the staging its memory, page-locked unless the driver refuses even that little."""
+        if self._buffers is None:
+            buffers = HostRegion(self._staging.nbytes, self._device, lock=False)
+            try:
+                buffers.lock()
+            except HostMemoryError as error:
+                logger.warning("copies go through memory that is not page-locked, and are slower for it: %s", error)
+            self._staging.use(buffers.bytes)
+            self._buffers = buffers
+
+    def _lacks_on_disk(self, nbytes: int) -> str | None:
+        """Why `nbytes` more cannot be had on disk, and as much by every process of the job on this host; or None."""
+        if nbytes <= 0:
+            return None
+        try:
+            return disk_shortage(nbytes, self._folder.space(), machine.local_ranks())
+        except InvalidArgumentError as error:
+            return str(error)
 
 
 def check_host_memory(nbytes: int) -> None:
@@ -190,12 +345,18 @@ def check_host_memory(nbytes: int) -> None:
     Raises:
         HostMemoryError: it cannot, with the figures.
     """
-    problem = shortage(nbytes, machine.host_limits())
+    _refuse(shortage(nbytes, machine.host_limits()))
+
+
+def _refuse(problem: str | None) -> None:
     if problem is not None:
         raise HostMemoryError(f"{problem}; nothing was moved. {_REMEDY}")
 
 
-_REMEDY = "Leave more memory to the job, raise the limit, or offload fewer kinds"
+_REMEDY = (
+    "Leave more room to the job, raise the limit, offload fewer kinds, or let copies go to a disk "
+    "(host_memory='auto' and disk_folder)"
+)
 
 
 def shortage(nbytes: int, limits: machine.HostLimits) -> str | None:

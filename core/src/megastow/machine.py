@@ -102,6 +102,19 @@ def pci_numa_node(pci_bus_id: str, root: Path = Path("/")) -> int | None:
     return node if node >= 0 else None
 
 
+def file_system(path: Path, root: Path = Path("/")) -> str | None:
+    """What kind of file system a path is on ("ext4", "tmpfs"); None if the system does not tell."""
+    wanted = path.resolve()
+    found: tuple[int, str] | None = None
+    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
+        place, _, source = line.partition(" - ")
+        mounted = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), place.split()[4]))
+        depth = len(mounted.parts)
+        if wanted.is_relative_to(mounted) and (found is None or depth >= found[0]):  # of two on one place, the later
+            found = depth, source.split()[0]
+    return found[1] if found else None
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip()

@@ -18,6 +18,7 @@ import torch
 
 from megastow.adapter import BoundAdapter
 from megastow.device import device_for
+from megastow.disk import DiskFolder
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
 from megastow.errors import (
     ForkedProcessError,
@@ -35,6 +36,7 @@ from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kinds
+from megastow.tiers import HOST_MEMORY, HostMemory
 from megastow.transport import DEFAULT_CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ def create_memory_manager(
     adapter: str | None = None,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    host_memory: HostMemory = "pinned",
+    disk_folder: str | os.PathLike[str] | None = None,
 ) -> MemoryManager:
     """Make the manager of a trainer's (or any module's) device memory.
 
@@ -62,10 +66,17 @@ def create_memory_manager(
         bucket_bytes: size of the device buckets that small tensors are packed into, and the extra device memory that
             packing needs, once.
         chunk_bytes: the most that one copy carries.
+        host_memory: where copies are kept. "pinned": page-locked memory. "pageable": memory that is not page-locked.
+            "disk": files. "auto": page-locked memory as far as the host has room for all local ranks, and files for the
+            rest, optimizer states first, then main weights, then weights; memory that cannot be page-locked stays
+            pageable. All but "pinned" copy through a page-locked buffer of at most 64 MiB.
+        disk_folder: an existing folder on a disk, where files are made in a folder of this user's own; None for
+            $TMPDIR, or /var/tmp. The files have no names, are readable by this user only, and go with the process.
 
     Raises:
         InvalidTypeError: `model` is not a module or a list of modules.
-        InvalidArgumentError: parameters on several devices, none at all, or an impossible size.
+        InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory`, or
+            a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks for it.
         AdapterSelectionError: not exactly one adapter accepts.
         UnsupportedLayoutError: the adapter knows that layout and cannot move it.
         StateChangedError: another manager has offloaded this model at present.
@@ -85,9 +96,28 @@ def create_memory_manager(
             raise InvalidTypeError(f"{name} is a {type(value).__qualname__}; expected a whole number of bytes")
         if value <= 0:
             raise InvalidArgumentError(f"{name} is {value}; expected a positive number of bytes")
+    folder = _disk_folder(host_memory, disk_folder)
     chosen = choose_adapter(chunks, optimizer, adapter)
     logger.info("adapter %s takes charge of %d chunk(s)", chosen.name, len(chunks))
-    return MemoryManager(chosen.bind(chunks, optimizer), bucket_bytes=bucket_bytes, chunk_bytes=chunk_bytes)
+    return MemoryManager(
+        chosen.bind(chunks, optimizer),
+        bucket_bytes=bucket_bytes,
+        chunk_bytes=chunk_bytes,
+        host_memory=host_memory,
+        folder=folder,
+    )
+
+
+def _disk_folder(host_memory: HostMemory, disk_folder: str | os.PathLike[str] | None) -> DiskFolder:
+    """Check what a caller says of where copies are to be kept."""
+    if host_memory not in HOST_MEMORY:
+        raise InvalidArgumentError(f"host_memory is {host_memory!r}; expected one of {', '.join(HOST_MEMORY)}")
+    if disk_folder is not None and not isinstance(disk_folder, (str, os.PathLike)):
+        raise InvalidTypeError(f"disk_folder is a {type(disk_folder).__qualname__}; expected a path or None")
+    folder = DiskFolder(disk_folder)
+    if host_memory == "disk":
+        folder.check()
+    return folder
 
 
 def create_trainer_memory_manager(
@@ -142,11 +172,19 @@ class MemoryManager:
     A manager serves the process that made it: in a forked child its calls raise `ForkedProcessError`, and what was away
     or on its way at the fork is away there for good.
 
-    Host memory: as much as the kinds offloaded so far held on the device (gradient buffers take none), allocated and
-    page-locked at the first offload or by `prepare`, and kept until `close`.
+    Host memory (or files): as much as the kinds offloaded so far held on the device (gradient buffers take none),
+    allocated and page-locked at the first offload or by `prepare`, and kept until `close`.
     """
 
-    def __init__(self, trainer: BoundAdapter, *, bucket_bytes: int, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        trainer: BoundAdapter,
+        *,
+        bucket_bytes: int,
+        chunk_bytes: int,
+        host_memory: HostMemory = "pinned",
+        folder: DiskFolder | None = None,
+    ) -> None:
         """Take charge of what an adapter has bound; use `create_memory_manager` instead.
 
         Raises:
@@ -155,7 +193,9 @@ class MemoryManager:
         """
         self._trainer = trainer
         self._device = device_for(trainer.device)
-        self._engine = Engine(self._device, bucket_bytes=bucket_bytes, chunk_bytes=chunk_bytes)
+        self._engine = Engine(
+            self._device, bucket_bytes=bucket_bytes, chunk_bytes=chunk_bytes, host_memory=host_memory, folder=folder
+        )
         self._guard = Guard()
         self._lock = threading.RLock()
         self._preparing: Future[int] | None = None
@@ -177,6 +217,11 @@ class MemoryManager:
     def host_bytes(self) -> int:
         """Host memory that the manager holds now, in use or ready for the next offload."""
         return self._engine.host_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk that the manager holds now, in use or ready for the next offload."""
+        return self._engine.disk_bytes
 
     def residency(self, kind: KindLike) -> Residency:
         """Where the bytes of `kind` are. Does not wait for a move under way in another thread.
@@ -343,6 +388,7 @@ class MemoryManager:
             inventory = self._trainer.inventory
             reports = self._engine.offload(inventory, wanted, keep_grads=keep_grads, give_back=give_back)
             move.kinds.update(reports)
+            move.notes.extend(self._engine.tier_notes(moving))
 
         return self._run("offload", wanted, act, non_blocking)
 

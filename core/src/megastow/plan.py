@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megastow.host import shortage
+from megastow.disk import DiskSpace
 from megastow.machine import HostLimits
 from megastow.report import format_bytes
 from megastow.state import Residency, StateKind
+from megastow.tiers import Tier
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class KindPlan:
         residency: where it is now.
         num_tensors: tensors that the inventory lists on its storages.
         device_bytes: device memory that an offload would release; what an onload would take, if the kind is away.
-        host_bytes: host memory that its copy takes, each storage rounded up to 512 bytes; 0 for what is not copied.
+        host_bytes: host memory that its copy takes, each storage rounded up to 512 bytes (4096 where files are in
+            question); 0 for what is not copied, and for what is on disk.
+        disk_bytes: the same of a file.
+        tier: where its copy goes, or is; None for what is not copied.
     """
 
     kind: StateKind
@@ -30,6 +34,8 @@ class KindPlan:
     num_tensors: int
     device_bytes: int
     host_bytes: int
+    disk_bytes: int = 0
+    tier: Tier | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,10 @@ class MovePlan:
         packing_bytes: the most extra device memory, while small storages are packed: at the first offload only.
         limits: what the machine can give, as it was when the plan was made.
         numa_node: the NUMA node that the device hangs on, where the host memory is put; None if unknown.
+        new_disk_bytes: bytes on disk that would be taken beyond what the manager holds for these kinds already.
+        disk: what the disk can give; None where no file is made.
+        problem: why the host cannot give that much, with the figures; None if it can. An offload would refuse with it.
+        notes: which kinds would be kept on disk, and why.
     """
 
     kinds: Mapping[StateKind, KindPlan]
@@ -49,6 +59,10 @@ class MovePlan:
     packing_bytes: int
     limits: HostLimits
     numa_node: int | None
+    new_disk_bytes: int = 0
+    disk: DiskSpace | None = None
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device_bytes(self) -> int:
@@ -61,25 +75,35 @@ class MovePlan:
         return sum(k.host_bytes for k in self.kinds.values())
 
     @property
-    def problem(self) -> str | None:
-        """Why the host cannot give that much, with the figures; None if it can. An offload would refuse with it."""
-        return shortage(self.new_host_bytes, self.limits)
+    def disk_bytes(self) -> int:
+        """Bytes of files that hold the copies of all these kinds."""
+        return sum(k.disk_bytes for k in self.kinds.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Everything in plain types that `json` takes."""
         kinds = {
-            str(kind): {**dataclasses.asdict(entry), "kind": str(kind), "residency": str(entry.residency)}
+            str(kind): {
+                **dataclasses.asdict(entry),
+                "kind": str(kind),
+                "residency": str(entry.residency),
+                "tier": None if entry.tier is None else str(entry.tier),
+            }
             for kind, entry in self.kinds.items()
         }
         return {
             "kinds": kinds,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
             "new_host_bytes": self.new_host_bytes,
             "new_host_bytes_of_all_ranks": self.new_host_bytes * self.limits.local_ranks,
             "packing_bytes": self.packing_bytes,
             "limits": dataclasses.asdict(self.limits),
             "numa_node": self.numa_node,
+            "new_disk_bytes": self.new_disk_bytes,
+            "new_disk_bytes_of_all_ranks": self.new_disk_bytes * self.limits.local_ranks,
+            "disk": None if self.disk is None else dataclasses.asdict(self.disk),
+            "notes": list(self.notes),
             "problem": self.problem,
         }
 
@@ -92,6 +116,8 @@ class MovePlan:
         lines = [
             f"{entry.kind} ({entry.residency}): {entry.num_tensors} tensors, {format_bytes(entry.device_bytes)} on the "
             f"device, {format_bytes(entry.host_bytes)} on the host"
+            + (f", {format_bytes(entry.disk_bytes)} on disk" if entry.disk_bytes else "")
+            + (f" ({entry.tier})" if entry.tier else "")
             for entry in self.kinds.values()
         ]
         lines.append(
@@ -103,5 +129,13 @@ class MovePlan:
             f"all {limits.local_ranks} ranks of this host: {everyone}; available {available}, memlock {memlock}, "
             f"NUMA node {node}"
         )
+        if self.disk is not None:
+            lines.append(
+                f"{format_bytes(self.new_disk_bytes)} more on disk, "
+                f"{format_bytes(self.new_disk_bytes * limits.local_ranks)} of all ranks; "
+                f"{format_bytes(self.disk.free_bytes)} of {format_bytes(self.disk.total_bytes)} are free in "
+                f"{self.disk.path}"
+            )
+        lines.extend(self.notes)
         lines.append(self.problem or "the host can give that")
         return "\n".join(lines)

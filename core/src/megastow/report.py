@@ -51,6 +51,7 @@ class KindReport:
         device_bytes: bytes of device storage released or taken.
         host_bytes: bytes of host memory that hold the copy, alignment included; 0 for what was not copied.
         seconds: time that reserving, copying, zero-filling and releasing this kind took.
+        disk_bytes: bytes of the file that holds the copy instead.
     """
 
     kind: StateKind
@@ -59,6 +60,7 @@ class KindReport:
     device_bytes: int = 0
     host_bytes: int = 0
     seconds: float = 0.0
+    disk_bytes: int = 0
 
     @property
     def bytes_per_second(self) -> float:
@@ -102,6 +104,11 @@ class TransferReport:
         return sum(k.host_bytes for k in self.kinds.values())
 
     @property
+    def disk_bytes(self) -> int:
+        """Bytes of files that hold copies, over all kinds."""
+        return sum(k.disk_bytes for k in self.kinds.values())
+
+    @property
     def bytes_per_second(self) -> float:
         """Device bytes over the seconds of the whole call."""
         return self.device_bytes / self.seconds if self.seconds else 0.0
@@ -118,6 +125,7 @@ class TransferReport:
             "num_tensors": self.num_tensors,
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
             "seconds": self.seconds,
             "bytes_per_second": self.bytes_per_second,
             "before": dataclasses.asdict(self.before),
@@ -133,7 +141,9 @@ class TransferReport:
         return (
             f"{self.direction} of {names}: {self.num_tensors} tensors, {format_bytes(self.device_bytes)} of device "
             f"memory in {self.seconds:.3f} s ({self.bytes_per_second / 1e9:.2f} GB/s), "
-            f"{format_bytes(self.host_bytes)} of host memory, device in use "
+            f"{format_bytes(self.host_bytes)} of host memory"
+            + (f" and {format_bytes(self.disk_bytes)} on disk" if self.disk_bytes else "")
+            + ", device in use "
             f"{format_bytes(self.before.driver_bytes)} -> {format_bytes(self.after.driver_bytes)}"
             + (f" [{'; '.join(self.notes)}]" if self.notes else "")
         )

@@ -87,9 +87,10 @@ def _onload(manager: MemoryManager) -> None:
 
 def _strike(case: Case, trainer: Trainer, name: str, error: type[BaseException], after: int) -> None:
     """Make a new manager fail at one point, in whichever move passes it, and repeat the call."""
-    manager = case.manager(trainer, **_SMALL)
+    where = {"host_memory": "disk"} if name.startswith("disk") else {}
+    manager = case.manager(trainer, **_SMALL, **where)
     need_megastow(case, manager, "only megastow's own moves have named steps")
-    onloading = name.startswith("onload")
+    onloading = name.startswith("onload") or name == "disk.read"
     if onloading:
         manager.offload(keep_grads=True)
         call: Callable[[], object] = manager.onload

@@ -12,9 +12,10 @@ import torch
 from megastow.engine import Engine, Parked
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
-from megastow.host import HostArena, HostRegion
+from megastow.host import HostArena
 from megastow.state import ALL_KINDS, Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, byte_view
+from megastow.tiers import Region
 from megastow.transport import HostSlice, Transport
 from megastow_conformance.gallery.exhibit import breaks
 
@@ -112,7 +113,7 @@ class LeaksAHostBuffer(HostArena):
     Stands for a cache whose keys are never found again.
     """
 
-    def reserve(self, key: Hashable, nbytes: int) -> HostRegion:
+    def reserve(self, key: Hashable, nbytes: int) -> Region:
         region = self._regions.pop(key, None)
         if region is not None:
             self._regions[object()] = region

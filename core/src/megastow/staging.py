@@ -1,0 +1,172 @@
+"""Copies between the device and a region that it cannot reach by itself: through page-locked buffers, by threads.
+
+Each thread takes a chunk the whole way, through a buffer of its own: from the device into the buffer and from there to
+the region, or back. So the device's copy of one chunk runs beside the reading or writing of others, and the buffers
+bound the memory that it takes.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import torch
+
+from megastow.device import Arrival, Device
+from megastow.machine import PAGE_BYTES
+from megastow.tiers import Region
+
+_WORKERS = 4
+
+_MOST_BUFFER_BYTES = 16 << 20
+"""What one buffer holds at most: a disk and a link are both at their speed with much less."""
+
+
+class Staging:
+    """The threads and the buffers of one manager.
+
+    Attributes:
+        chunk_bytes: the most that one buffer holds, a whole number of pages.
+        nbytes: host memory that all buffers take.
+    """
+
+    def __init__(self, device: Device, chunk_bytes: int = _MOST_BUFFER_BYTES) -> None:
+        """Start with no thread and no buffer.
+
+        Args:
+            device: the accelerator.
+            chunk_bytes: the most that one copy carries, where that is less than a buffer would hold.
+        """
+        self._device = device
+        self.chunk_bytes = -(-min(chunk_bytes, _MOST_BUFFER_BYTES) // PAGE_BYTES) * PAGE_BYTES
+        self.nbytes = self.chunk_bytes * _WORKERS
+        self._tasks: _Tasks = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._pending: list[Future[None]] = []
+        weakref.finalize(self, _dismiss, self._tasks, self._threads)
+
+    def use(self, buffers: torch.Tensor) -> None:
+        """Start the threads, to work through this memory: a page-aligned uint8 tensor of shape [nbytes]."""
+        try:
+            for buffer in buffers.split(self.chunk_bytes):
+                # Not waited for when the interpreter ends: a move, in a thread that is, waits for what it needs.
+                thread = threading.Thread(
+                    target=_work, args=(self._tasks, buffer), name="megastow-staging", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, source: torch.Tensor, region: Region, offset: int) -> None:
+        """Queue the copy of device memory (uint8, at most `chunk_bytes`) to a region; call within `copying()`."""
+
+        def work(buffer: torch.Tensor) -> None:
+            buffer[: source.nbytes].copy_(source, non_blocking=True)
+            self._device.arrival().wait()
+            region.write(offset, buffer, source.nbytes)
+
+        self._queue(work)
+
+    def read(self, region: Region, offset: int, target: torch.Tensor) -> None:
+        """Queue the copy of a region's bytes into device memory, as `write` takes it."""
+
+        def work(buffer: torch.Tensor) -> None:
+            region.read(offset, buffer, target.nbytes)
+            target.copy_(buffer[: target.nbytes], non_blocking=True)
+            self._device.arrival().wait()
+
+        self._queue(work)
+
+    def queued(self) -> list[Future[None]]:
+        """What was queued and is not done, or has failed."""
+        self._pending = [future for future in self._pending if not _has_succeeded(future)]
+        return list(self._pending)
+
+    def settle(self) -> None:
+        """Let go of what has not begun, and wait for the rest, however it ends: nothing is under way any more."""
+        for future in self._pending:
+            if not future.cancel():
+                future.exception()
+        self._pending = []
+
+    def close(self) -> None:
+        """Wait for what is under way, and let go of threads and buffers. Calling it twice is fine."""
+        self.settle()
+        threads = list(self._threads)
+        _dismiss(self._tasks, self._threads)
+        for thread in threads:
+            thread.join()
+
+    def _queue(self, work: Callable[[torch.Tensor], None]) -> None:
+        assert self._threads, "a region that is not page-locked was reserved without buffers"
+        enter = self._device.as_here()
+
+        def there(buffer: torch.Tensor) -> None:
+            with enter(), torch.no_grad():
+                work(buffer)
+
+        future: Future[None] = Future()
+        self._pending.append(future)  # before it is queued: whatever interrupts us, `settle` knows of it
+        self._tasks.put((future, there))
+
+
+_Tasks = queue.SimpleQueue["tuple[Future[None], Callable[[torch.Tensor], None]] | None"]
+"""What threads are to do; None ends one."""
+
+
+def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
+    """What each thread does: knows nobody who would have to outlive it."""
+    while (task := tasks.get()) is not None:
+        future, work = task
+        if future.set_running_or_notify_cancel():
+            error: BaseException | None = None
+            try:
+                work(buffer)
+            except BaseException as raised:
+                error = raised
+            del task, work  # they hold device memory, and whoever waits for us may count its owners
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+            del error
+        del future
+
+
+def _dismiss(tasks: _Tasks, threads: list[threading.Thread]) -> None:
+    while threads:
+        threads.pop()
+        tasks.put(None)
+
+
+class StagedArrival(Arrival):
+    """The moment when what was queued on the copy stream, and what threads were given, has arrived.
+
+    Attributes:
+        host_seconds: how long `wait` has waited for threads, which no stopwatch on the copy stream sees.
+    """
+
+    def __init__(self, arrival: Arrival, queued: list[Future[None]]) -> None:
+        self._arrival = arrival
+        self._queued = queued
+        self.host_seconds = 0.0
+
+    def wait(self) -> None:
+        """Return when it has; the first error of a thread is raised here."""
+        start = time.perf_counter()
+        for future in self._queued:
+            future.result()
+        if self._queued:
+            self.host_seconds += time.perf_counter() - start
+        self._queued = []
+        self._arrival.wait()
+
+
+def _has_succeeded(future: Future[None]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
