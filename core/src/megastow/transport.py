@@ -51,6 +51,7 @@ class Transport:
         for start, end in self._chunks(host):
             faults.point("offload.chunk")
             target[start:end].copy_(source[start:end], non_blocking=True)
+            faults.point("offload.copied", target[start:end])
 
     def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
         """Queue the copy of host memory into a storage; call within `device.copying()`."""
@@ -58,6 +59,7 @@ class Transport:
         for start, end in self._chunks(host):
             faults.point("onload.chunk")
             target[start:end].copy_(source[start:end], non_blocking=True)
+            faults.point("onload.copied", target[start:end])
 
     def _chunks(self, host: HostSlice) -> Iterable[tuple[int, int]]:
         for start, nbytes in host.region.chunks(host.offset, host.nbytes, self._chunk_bytes):
