@@ -184,7 +184,7 @@ def test_only_known_points_can_be_armed():
 # --- an interruption at every line -----------------------------------------------------------------------------------
 
 _SOURCE = str(Path(megastow.__file__).parent)
-_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py")
+_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py", "digest.py")
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -252,13 +252,15 @@ class Small:
         return [dict(vars(self.model)), dict(vars(self.optimizer))]
 
 
+@pytest.mark.parametrize(("verify", "stride"), [("none", 13), ("digest", 53)])
 @pytest.mark.parametrize("direction", ["offload", "onload"])
-def test_an_interruption_at_any_line_loses_nothing(direction):
-    line, stride, ended = 0, 13, False
+def test_an_interruption_at_any_line_loses_nothing(direction, verify, stride):
+    line, ended = 0, False
     while not ended:
         small = Small()
         before, grads = snapshot(small.kept), snapshot(dict(enumerate(small.grads.values())))
-        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=2048, chunk_bytes=8)
+        sizes = {"bucket_bytes": 2048, "chunk_bytes": 8}
+        manager = create_memory_manager(small.model, small.optimizer, verify=verify, **sizes)
         attributes = small.attributes()
         if direction == "onload":
             manager.offload()

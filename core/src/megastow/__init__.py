@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megastow.errors import (
     AdapterSelectionError,
+    CorruptionError,
     DeviceMemoryError,
     HostMemoryError,
     InvalidArgumentError,
@@ -31,6 +32,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "AdapterSelectionError",
+    "CorruptionError",
     "DeviceMemoryError",
     "HostMemoryError",
     "InvalidArgumentError",
