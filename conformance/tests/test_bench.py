@@ -163,11 +163,12 @@ def test_a_row_that_raises_is_said_and_stops_no_other_row(run_megastow):
 
 
 @pytest.mark.slow
-def test_rows_of_moves_in_the_background(run_megastow):
-    result, outcome = run_megastow("bench", "--repeats=1", "--rows=blocked,residue,swap,overlap")
+def test_rows_of_digests_and_of_moves_in_the_background(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=digest,blocked,residue,swap,overlap")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = {name: [figure["name"] for figure in row["figures"]] for name, row in rows_of(outcome).items()}
     assert figures == {
+        "digest": ["offload", "onload"],
         "blocked": ["offload", "onload"],
         "residue": ["resident"],
         "swap": ["both ways"],
@@ -210,7 +211,8 @@ def test_rows_are_those_of_the_issue_and_the_baselines_come_last():
     rows = known_rows()
     ours = {row.id: row for row in rows if not row.is_baseline}
     assert set(ours) == {
-        *("steady", "small", "cold", "prepared", "host", "swap", "replicas", "blocked", "overlap", "cycle", "residue")
+        *("steady", "small", "cold", "prepared", "host", "swap", "replicas", "blocked", "overlap", "cycle", "residue"),
+        "digest",
     }
     assert all(row.goals for row in ours.values())
     assert [row.is_baseline for row in rows] == sorted(row.is_baseline for row in rows)

@@ -205,7 +205,7 @@ def test_only_known_points_can_be_armed():
 # --- an interruption at every line -----------------------------------------------------------------------------------
 
 _SOURCE = str(Path(megastow.__file__).parent)
-_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py", "staging.py", "disk.py")
+_WATCHED = ("engine.py", "guard.py", "manager.py", "flat.py", "transport.py", "staging.py", "disk.py", "digest.py")
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -273,15 +273,18 @@ class Small:
         return [dict(vars(self.model)), dict(vars(self.optimizer))]
 
 
+@pytest.mark.parametrize(("verify", "stride"), [("none", 13), ("digest", 53)])
 @pytest.mark.parametrize("direction", ["offload", "onload"])
-@pytest.mark.parametrize(("host_memory", "stride"), [("pinned", 13), ("disk", 17)])
-def test_an_interruption_at_any_line_loses_nothing(direction, host_memory, stride, disk_folder):
+@pytest.mark.parametrize(
+    ("host_memory", "verify", "stride"), [("pinned", "none", 13), ("disk", "none", 29), ("pinned", "digest", 23)]
+)
+def test_an_interruption_at_any_line_loses_nothing(direction, host_memory, verify, stride, disk_folder):
     line, ended = 0, False
     while not ended:
         small = Small()
         before, grads = snapshot(small.kept), snapshot(dict(enumerate(small.grads.values())))
-        where = {"host_memory": host_memory, "disk_folder": disk_folder}
-        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=2048, chunk_bytes=8, **where)
+        how = {"host_memory": host_memory, "disk_folder": disk_folder, "verify": verify}
+        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=2048, chunk_bytes=8, **how)
         attributes = small.attributes()
         if direction == "onload":
             manager.offload()

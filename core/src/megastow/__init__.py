@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megastow.errors import (
     AdapterSelectionError,
+    CorruptionError,
     DeviceMemoryError,
     ForkedProcessError,
     HostMemoryError,
@@ -35,6 +36,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "AdapterSelectionError",
+    "CorruptionError",
     "DeviceMemoryError",
     "ForkedProcessError",
     "HostMemoryError",

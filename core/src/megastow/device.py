@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -77,8 +77,22 @@ class Device(ABC):
         """The moment when what is queued by now has arrived; call within `copying`."""
 
     @abstractmethod
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        """Queue work on what was copied on a stream of its own, for the length of the context; call within `copying`.
+
+        It begins when the copies queued so far have arrived, and no later copy waits for it.
+        """
+
+    @abstractmethod
+    def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
+        """Bring int64 tensors without dimensions, which have been computed by now, to the host.
+
+        Waits for no work on any other stream.
+        """
+
+    @abstractmethod
     def confirm(self) -> None:
-        """Wait until every copy queued within `copying` has arrived."""
+        """Wait until all that was queued within `copying` and `beside` is done."""
 
     @abstractmethod
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -151,6 +165,12 @@ class CpuDevice(Device):
     def arrival(self) -> Arrival:
         return _Arrived()
 
+    def beside(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
+        return [int(value) for value in values]
+
     def confirm(self) -> None:
         pass
 
@@ -195,11 +215,11 @@ class _EventArrival(Arrival):
 
 
 class CudaDevice(Device):
-    """A CUDA device, with one copy stream of its own."""
+    """A CUDA device, with a copy stream of its own, one for work beside the copies, and one to fetch results."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._beside, self._fetching = (torch.cuda.Stream(device) for _ in range(3))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -237,8 +257,21 @@ class CudaDevice(Device):
     def arrival(self) -> Arrival:
         return _EventArrival()
 
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        self._beside.wait_stream(self._stream)
+        with torch.cuda.stream(self._beside):
+            yield
+
+    def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
+        if not values:
+            return []
+        with torch.cuda.stream(self._fetching):
+            return [int(value) for value in torch.stack(list(values)).tolist()]
+
     def confirm(self) -> None:
         self._stream.synchronize()
+        self._beside.synchronize()
 
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
         stream = torch.cuda.current_stream(self.torch_device)

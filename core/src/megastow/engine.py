@@ -8,6 +8,10 @@ Until then, and where there is no entry, the device side is the truth. Entries a
 onload has been confirmed. So an interruption at any instruction leaves a state from which the same call, or its
 opposite, goes on.
 
+With digests, a storage is not released before its own has been computed, and an onload (also one that undoes an
+offload) is confirmed only where the digest of what has arrived is the same. A host copy that has changed cannot be
+mended, but nothing better is left: it is kept, and comes back to a caller who asks for it unverified.
+
 Storages are released one by one while the copies of others are on their way, so that another tenant of the process can
 have the memory at once. If the move then fails, what was released is refilled; if even that fails, because somebody has
 taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them, and the next
@@ -31,8 +35,9 @@ import torch
 
 from megastow import faults, machine
 from megastow.device import Device, Stopwatch
+from megastow.digest import SCRATCH_BYTES, Digest, Digester, digest
 from megastow.disk import DiskFolder
-from megastow.errors import DeviceMemoryError, MegastowError, StateChangedError, TransferError
+from megastow.errors import CorruptionError, DeviceMemoryError, MegastowError, StateChangedError, TransferError
 from megastow.flat import FlatTensors
 from megastow.forking import process_lock
 from megastow.host import HostArena, align_up
@@ -40,7 +45,7 @@ from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, format_bytes
 from megastow.staging import StagedArrival, Staging
 from megastow.state import Inventory, Residency, StateKind
-from megastow.storages import StorageRecord, belongs_to, byte_view, find_storages, storage_id
+from megastow.storages import StorageRecord, _some, belongs_to, byte_view, find_storages, storage_id
 from megastow.tiers import HostMemory, Placement, Region, Tier
 from megastow.transport import HostSlice, Transport
 
@@ -85,6 +90,7 @@ class Parked:
         names: what the inventory called the tensors on it.
         host: its bytes, or None if they were not kept and it comes back as zeros.
         released: whether the device side was (or was about to be) given up.
+        digest: of its bytes when they left; None where none was asked for, and where nothing is kept.
     """
 
     storage: torch.UntypedStorage
@@ -93,6 +99,7 @@ class Parked:
     names: tuple[str, ...]
     host: HostSlice | None
     released: bool = False
+    digest: Digest | None = None
 
     @property
     def is_orphan(self) -> bool:
@@ -116,8 +123,11 @@ class Engine:
         chunk_bytes: int,
         host_memory: HostMemory = "pinned",
         folder: DiskFolder | None = None,
+        digests: bool = False,
     ) -> None:
         self._device = device
+        self._digester = Digester(device)
+        self._makes_digests = digests
         staging = Staging(device, chunk_bytes)
         self._arena = HostArena(device, host_memory, folder, staging)
         self._transport = Transport(device, chunk_bytes, staging)
@@ -279,6 +289,8 @@ class Engine:
         kinds: Sequence[StateKind],
         permit: Permit | None = None,
         arrived: Callable[[StateKind], None] | None = None,
+        *,
+        unverified: bool = False,
     ) -> tuple[dict[StateKind, KindReport], list[str]]:
         """Bring `kinds` back to the device; needs device memory for exactly what was released.
 
@@ -289,12 +301,14 @@ class Engine:
             permit: asked before each storage is taken; may wait. Without it all has to be free at once.
             arrived: called with each kind that is back, in the order in which a training step needs them. What has been
                 told stays, whatever happens to the others; without it, all of it comes back or nothing.
+            unverified: look at no digest.
 
         Returns:
             A report for each kind, and notes.
 
         Raises:
             DeviceMemoryError: the device has not enough free memory; everything is in host memory as before.
+            CorruptionError: other bytes came back than have left; everything is in host memory as before.
             MegastowError: the move could not be made; everything is in host memory as before.
         """
         moving = [k for k in _ORDER_OF_USE if k in kinds and k in self._parked]
@@ -318,7 +332,7 @@ class Engine:
             self._device.synchronize_stream()  # not the device: it is busy with copies of whoever makes room
             clock = _KindClock()
             entries = {kind: self._parked[kind] for kind in moving}
-            self._refill(entries, clock, permit, None if arrived is None else tell)
+            self._refill(entries, clock, permit, None if arrived is None else tell, unverified)
             for kind in moving:
                 reports[kind] = _report(kind, entries[kind], clock.seconds[kind], self._arena.unit_bytes)
                 self._parked.pop(kind, None)
@@ -425,6 +439,7 @@ class Engine:
                 for parked, arrival in on_their_way:
                     self._release(parked, arrival, clock)
             self._transport.confirm()  # the clocks stop behind the last copy
+            self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
             faults.point("offload.drop")
             self._drop(plans, clock)
         except BaseException:
@@ -464,6 +479,8 @@ class Engine:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
+            if self._makes_digests:
+                parked.digest = self._digester.begin(parked.storage)
             self._transport.copy_out(parked.storage, parked.host)
             return self._transport.arrival()
 
@@ -472,6 +489,8 @@ class Engine:
         faults.point("offload.confirm")
         arrival.wait()
         clock.add(parked.kind, arrival.host_seconds)
+        if parked.digest is not None:
+            parked.digest.computed.wait()
         with clock.running(parked.kind):
             faults.point("offload.release")
             parked.released = True
@@ -494,8 +513,9 @@ class Engine:
         clock: _KindClock,
         permit: Permit | None = None,
         arrived: Callable[[StateKind], None] | None = None,
+        unverified: bool = False,
     ) -> None:
-        """Take device memory for everything that was released, and fill it; all of it or nothing.
+        """Take device memory for everything that was released, fill it, and compare digests; all of it or nothing.
 
         With `arrived` it is kind by kind: that is called with each whose bytes are all here, and a failure after it
         undoes the other kinds only.
@@ -504,13 +524,15 @@ class Engine:
             for parked in entries:
                 self._check_untouched(parked)
         released = [p for entries in plans.values() for p in entries if p.released]
-        needed = sum(p.nbytes for p in released)
+        verifies = not unverified and any(p.digest is not None for p in released)
+        needed = sum(p.nbytes for p in released) + (SCRATCH_BYTES if verifies else 0)
         if permit is None:
             free = self._device.free_bytes()
             if free is not None and needed > free:
                 raise _no_device_memory(plans, needed, free)
         taken: list[Parked] = []
         arrivals: dict[StateKind, StagedArrival] = {}
+        digests: list[tuple[Parked, Digest, Digest]] = []
         wanted = 0
         try:
             # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
@@ -526,16 +548,21 @@ class Engine:
                         for parked in part:
                             with clock.copying(parked.kind, self._device):
                                 self._copy_in(parked)
+                                if verifies and parked.host is not None and parked.digest is not None:
+                                    self._transport.begin_reading(parked.host)
+                                    digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
                             arrivals[parked.kind] = self._transport.arrival()
                 if arrived is not None:
                     for kind in kinds:
                         self._confirm(kind, arrivals, clock)
+                        self._compare([each for each in digests if each[0].kind is kind])
                         for parked in plans[kind]:
                             parked.released = False
                         arrived(kind)
             if arrived is None:
                 for kind in plans:
                     self._confirm(kind, arrivals, clock)
+                self._compare(digests)
             self._transport.confirm()
         except BaseException as error:
             self._settle()
@@ -556,6 +583,17 @@ class Engine:
         if kind in arrivals:
             arrivals[kind].wait()
             clock.add(kind, arrivals[kind].host_seconds)
+
+    def _compare(self, digests: Sequence[tuple[Parked, Digest, Digest]]) -> None:
+        """Hold the digests of storages when they left against those of what has arrived.
+
+        Raises:
+            CorruptionError: some differ.
+        """
+        self._digester.read(digest for _, left, came in digests for digest in (left, came))
+        damaged = [parked for parked, left, came in digests if left.value != came.value]
+        if damaged:
+            raise _corrupted(damaged)
 
     @staticmethod
     def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
@@ -698,4 +736,26 @@ def _no_device_memory(plans: Mapping[StateKind, object], needed: int, free: int 
         "free device memory, then onload",
         needed_bytes=needed,
         free_bytes=free,
+    )
+
+
+def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
+    """What to say of storages that came back with other bytes than left; reads their host copies."""
+    tensors: dict[str, list[str]] = {}
+    for parked in damaged:
+        tensors.setdefault(str(parked.kind), []).extend(parked.names)
+    found = "; ".join(f"{_some(tuple(names))} ({kind})" for kind, names in tensors.items())
+    changed = [p for p in damaged if p.host and p.digest and int(digest(p.host.bytes())) != p.digest.value]
+    if changed:
+        names = tuple(name for parked in changed for name in parked.names)
+        reason = (
+            f"The copy in host memory itself is damaged ({_some(names)}), so that a repeated call fails too. It is "
+            "kept, and onload(unverified=True) brings it back as it is: load a checkpoint then, or bear the damage"
+        )
+    else:
+        reason = "The copy in host memory is good, and only its way back was bad: repeat the call"
+    return CorruptionError(
+        f"other bytes came back than have left, and nothing was brought back: storages of {found}. {reason}",
+        tensors={kind: tuple(names) for kind, names in tensors.items()},
+        host_is_damaged=bool(changed),
     )

@@ -6,6 +6,10 @@ branches below it also derive from the built-in exception that a caller would ex
 itself are `assert` statements, not errors.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
 
 class MegastowError(Exception):
     """Base of all errors of megastow."""
@@ -84,3 +88,18 @@ class DeviceMemoryError(TransferError, MemoryError):
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
+
+
+class CorruptionError(TransferError):
+    """Bytes that came back are not those that left, by their digests; the onload was undone, the host copy is kept.
+
+    Attributes:
+        tensors: the names of all tensors on the storages that differ, by the name of their kind.
+        host_is_damaged: whether a host copy itself has changed, so that a repeated call fails too; if not, only the
+            way back was bad.
+    """
+
+    def __init__(self, message: str, *, tensors: Mapping[str, Sequence[str]], host_is_damaged: bool) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+        self.host_is_damaged = host_is_damaged

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 
 import torch
 
+from megastow import faults
 from megastow.device import Arrival, Device
 from megastow.machine import PAGE_BYTES
 from megastow.tiers import Region
@@ -69,6 +70,7 @@ class Staging:
         def work(buffer: torch.Tensor) -> None:
             buffer[: source.nbytes].copy_(source, non_blocking=True)
             self._device.arrival().wait()
+            faults.point("offload.copied", buffer[: source.nbytes])
             region.write(offset, buffer, source.nbytes)
 
         self._queue(work)
@@ -80,6 +82,7 @@ class Staging:
             region.read(offset, buffer, target.nbytes)
             target.copy_(buffer[: target.nbytes], non_blocking=True)
             self._device.arrival().wait()
+            faults.point("onload.copied", target)
 
         self._queue(work)
 

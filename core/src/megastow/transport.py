@@ -65,6 +65,7 @@ class Transport:
                 self._staging.write(source[start:end], host.region, host.offset + start)
             else:
                 target[start:end].copy_(source[start:end], non_blocking=True)
+                faults.point("offload.copied", target[start:end])
 
     def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
         """Queue the copy of what the host keeps into a storage; call within `device.copying()`."""
@@ -76,6 +77,15 @@ class Transport:
                 self._staging.read(host.region, host.offset + start, target[start:end])
             else:
                 target[start:end].copy_(source[start:end], non_blocking=True)
+                faults.point("onload.copied", target[start:end])
+
+    def begin_reading(self, host: HostSlice) -> None:
+        """Make sure that work queued from here on finds what `copy_in` has queued for a slice; call within `copying()`.
+
+        Waits where threads take part: the device does not know of what they are about to do.
+        """
+        if not _is_direct(host):
+            self.arrival().wait()
 
     def arrival(self) -> StagedArrival:
         """The moment when what is queued by now has arrived; call within `device.copying()`."""

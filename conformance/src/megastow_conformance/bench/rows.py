@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from megastow import TransferHandle
+from megastow import TransferHandle, create_memory_manager
 from megastow import swap as swap_places
 from megastow.report import format_bytes
 from megastow_conformance.bench import baselines
 from megastow_conformance.bench.registry import NotAvailable, row
 from megastow_conformance.bench.result import Figure, Goal, Spread, Unit
 from megastow_conformance.bench.sampling import Sampler
-from megastow_conformance.bench.session import PHASE_SECONDS, STEPS, Session
+from megastow_conformance.bench.session import PHASE_SECONDS, STEPS, Cycle, Session
 
 _CUDA_TENSORS, _CPU_TENSORS = 20_000, 300
 _SMALLEST, _LARGEST = 4 << 10, 4 << 20
@@ -57,6 +57,31 @@ def steady(session: Session) -> Iterator[Figure]:
     session.memory["offloaded"] = tenant.manager.offload().after
     session.memory["onloaded"] = tenant.manager.onload().after
     session.timeline = tenant.watched_cycle()
+
+
+@row(
+    "digest",
+    'a steady cycle with verify="digest", over one without',
+    {"offload": Goal(1.03, at_most=True), "onload": Goal(1.03, at_most=True)},
+)
+def digest(session: Session) -> Iterator[Figure]:
+    """Two managers of the same trainer take turns, so that both are measured under the same conditions."""
+    tenant = session.settled()
+    with create_memory_manager(tenant.subject.model, tenant.subject.optimizer, verify="digest") as verifying:
+
+        def verified() -> Cycle:
+            return tenant.cycle_by(verifying.offload, verifying.onload)
+
+        verified()  # makes its host memory
+        pairs = session.repeated(lambda: (tenant.cycle(), verified()))
+    against = "the same without"
+    for name, seconds in (
+        ("offload", [(plain.out, checked.out) for plain, checked in pairs]),
+        ("onload", [(plain.back, checked.back) for plain, checked in pairs]),
+    ):
+        ratios = Spread.of(checked / plain for plain, checked in seconds)
+        taken = Spread.of(checked for _, checked in seconds)
+        yield Figure(name, ratios, against=against, seconds=taken, nbytes=tenant.kept_bytes)
 
 
 @row("host", "host memory held, over the bytes kept", {"host memory": Goal(1.001, at_most=True)})
