@@ -25,8 +25,8 @@ SIZES = {"bucket_bytes": 4096, "chunk_bytes": 512}
 TOKENS = torch.zeros(1, dtype=torch.long)
 
 
-def make(trainer, verify="digest"):
-    return create_memory_manager(trainer.model, trainer.optimizer, verify=verify, **SIZES)
+def make(trainer, verify="digest", **where):
+    return create_memory_manager(trainer.model, trainer.optimizer, verify=verify, **SIZES, **where)
 
 
 def stepped(seed=0):
@@ -203,15 +203,37 @@ def test_an_undoing_that_meets_damage_tells_of_it_and_keeps_all_there_is(trainer
     assert changed_bits(before, snapshot(trainer.tensors())) == {"weights": 1}
 
 
+@pytest.mark.parametrize("tier", ["pageable", "disk"])
+@pytest.mark.parametrize("direction", ["offload", "onload"])
+def test_damage_is_told_in_every_tier(direction, tier, disk_folder):
+    trainer = stepped()
+    before = snapshot(trainer.tensors())
+    manager = make(trainer, host_memory=tier, disk_folder=disk_folder)
+    manager.offload(keep_grads=True)
+    manager.onload()
+    with damage("offload") if direction == "offload" else contextlib.nullcontext():
+        manager.offload(keep_grads=True)
+    with damage("onload") if direction == "onload" else contextlib.nullcontext():
+        with pytest.raises(CorruptionError) as raised:
+            manager.onload()
+    assert raised.value.host_is_damaged == (direction == "offload")
+    (kind,) = raised.value.tensors  # whichever a thread came to first
+    assert_away(trainer, manager, set(KINDS))
+    manager.onload(unverified=direction == "offload")
+    expected = {kind: 1} if direction == "offload" else {}
+    assert changed_bits(before, snapshot(trainer.tensors())) == expected
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", faults.POINTS)
-def test_every_step_can_fail_with_digests_too(name, error):
+def test_every_step_can_fail_with_digests_too(name, error, disk_folder):
+    where = {"host_memory": "disk", "disk_folder": disk_folder} if name.startswith("disk") else {}
     for after in (0, 3):
         trainer = stepped()
         before = snapshot(trainer.tensors())
-        manager = make(trainer)
+        manager = make(trainer, **where)
         resting = set()
-        if name.startswith("onload"):
+        if name.startswith("onload") or name == "disk.read":
             manager.offload(keep_grads=True)
             resting = set(KINDS)
         call = manager.onload if resting else functools.partial(manager.offload, keep_grads=True)
