@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import signal
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -426,6 +428,35 @@ def test_an_error_in_the_background_is_undone_too(trainer, manager, monkeypatch)
     handle = manager.offload(keep_grads=True, non_blocking=True)
     with pytest.raises(TransferError, match="No space left"):
         handle.wait(60)
+    assert_same(before, snapshot(trainer.tensors()))
+    monkeypatch.undo()
+    works(manager, trainer)
+
+
+def test_a_failed_move_is_not_over_while_a_thread_still_writes(trainer, manager, monkeypatch):
+    before = snapshot(trainer.tensors())
+    manager.prepare(wait=True)
+    real, number = os.pwrite, itertools.count()
+    writing, go_on = threading.Event(), threading.Event()
+
+    def one_fails_while_another_hangs(*arguments):
+        match next(number):
+            case 0:
+                assert writing.wait(30)
+                raise OSError(errno.EIO, "the disk is on fire")
+            case 1:
+                writing.set()
+                assert go_on.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", one_fails_while_another_hangs)
+    handle = manager.offload(*KINDS[:3], non_blocking=True)
+    assert writing.wait(30)
+    with pytest.raises(TimeoutError, match="still under way"):
+        handle.wait(0.2)
+    go_on.set()
+    with pytest.raises(TransferError, match="the disk is on fire"):
+        handle.wait(30)
     assert_same(before, snapshot(trainer.tensors()))
     monkeypatch.undo()
     works(manager, trainer)
