@@ -213,9 +213,9 @@ def test_damage_is_told_in_every_tier(direction, tier, disk_folder):
     manager.onload()
     with damage("offload") if direction == "offload" else contextlib.nullcontext():
         manager.offload(keep_grads=True)
-    with damage("onload") if direction == "onload" else contextlib.nullcontext():
-        with pytest.raises(CorruptionError) as raised:
-            manager.onload()
+    meddling = damage("onload") if direction == "onload" else contextlib.nullcontext()
+    with meddling, pytest.raises(CorruptionError) as raised:
+        manager.onload()
     assert raised.value.host_is_damaged == (direction == "offload")
     (kind,) = raised.value.tensors  # whichever a thread came to first
     assert_away(trainer, manager, set(KINDS))
