@@ -21,7 +21,8 @@ Sums of integers do not depend on their order: the digest is the same on every d
 [Note: what a digest costs]
 Two passes that read the storage, and some twenty small kernels on the sums. No temporary is of the storage's size: it
 is about 80 bytes for each unit of the square root of the number of words, less than a megabyte for a storage of 1 GiB.
-On a GPU the passes run on a stream of their own beside the copies, which are far slower.
+On a GPU the passes run on a stream of their own beside the copies, which are far slower. Only what an onload copies
+last has nothing beside it: the two passes over that storage come on top.
 """
 
 from __future__ import annotations
