@@ -75,12 +75,21 @@ def test_the_trainers_own_containers_stay_as_they_are(trainer, manager):
     state = trainer.optimizer.state[trainer.main[0]]
     before = dict(state)
     found = manager.on_host(lambda: trainer.optimizer.state_dict())
-    assert found["state"][0] is not state
     assert state.keys() == before.keys()
-    assert all(state[k] is before[k] for k in before)
-    assert found["state"][0]["exp_avg"] is not state["exp_avg"]
-    assert found["state"][0]["step"] is state["step"]  # lies on the host
-    assert manager.on_host(lambda: found["param_groups"]) is found["param_groups"]  # nothing to replace, nothing copied
+    same = {
+        "container": found["state"][0] is state,
+        "inside": all(state[k] is before[k] for k in before),
+        "moment": found["state"][0]["exp_avg"] is state["exp_avg"],
+        "what lies on the host": found["state"][0]["step"] is state["step"],
+        "what holds nothing that is away": manager.on_host(lambda: found["param_groups"]) is found["param_groups"],
+    }  # as words: a failed assertion prints what it compares, and printing what is away crashes
+    assert same == {
+        "container": False,
+        "inside": True,
+        "moment": False,
+        "what lies on the host": True,
+        "what holds nothing that is away": True,
+    }
 
 
 def test_identity_holds_inside_and_what_was_one_tensor_comes_back_as_one(trainer, manager):
@@ -93,8 +102,8 @@ def test_identity_holds_inside_and_what_was_one_tensor_comes_back_as_one(trainer
         return [weight, {"again": weight}]
 
     first, again = manager.on_host(function)
-    assert first is again["again"]
-    assert first is not weight
+    same = [first is each for each in (again["again"], weight)]
+    assert same == [True, False]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +145,8 @@ def test_tensors_are_replaced_in_whatever_holds_them(trainer, manager):
     for name, (holder, get) in holders.items():
         assert type(found[name]) is type(holder)
         assert torch.equal(raw(get(found[name])), expected), name
-        assert get(holder) is weight, name
+        is_unchanged = get(holder) is weight
+        assert is_unchanged, name
     model = trainer.model
     assert manager.on_host(lambda: model) is model
 
