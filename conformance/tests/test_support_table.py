@@ -32,7 +32,7 @@ megatron = "2.0"
 """
 
 
-def run(row="one", release="1.0", device="cpu", failed=()):
+def run(row="one", release="1.0", device="cpu", failed=(), older_than=()):
     passed = {"1": ["toy_distopt"], "2": ["toy_distopt", "gpt_distopt"]}
     return {
         "row": row,
@@ -41,7 +41,7 @@ def run(row="one", release="1.0", device="cpu", failed=()):
         "megatron": {"release": release},
         "device": {"type": device, "name": "H200", "count": 2},
         "verdicts": [
-            {"invariants": [name for name in INVARIANTS if name not in failed], "passed": passed},
+            {"invariants": [name for name in INVARIANTS if name not in {*failed, *older_than}], "passed": passed},
             {"invariants": list(failed), "passed": passed, "failed": {"2": ["gpt_distopt"]}},
         ],
     }
@@ -62,7 +62,7 @@ def files(tmp_path):
 
 
 def test_the_table_is_written_between_its_comments_and_then_passes_the_check(files, tmp_path, capsys):
-    runs = [run(), run(device="cuda", failed=("peak", "host"))]
+    runs = [run(), run(device="cuda", failed=("peak", "host")), run(device="xpu", older_than=("guard",))]
     assert files(*runs, check=True) == 1
     assert "is not what the reports say" in capsys.readouterr().err
     assert files(*runs) == 0
@@ -73,6 +73,7 @@ def test_the_table_is_written_between_its_comments_and_then_passes_the_check(fil
     total = len(INVARIANTS)
     assert f"| `one` | 1.0 | a | real | CPU | 1, 2 | 2 | {total} of {total} |" in lines
     assert f"| `one` | 1.0 | a | real | 2 x H200 | 1, 2 | 2 | {total - 2} of {total} (not peak, host) |" in lines
+    assert f"| `one` | 1.0 | a | real | 2 x H200 | 1, 2 | 2 | {total - 1} of {total} (not asked: guard) |" in lines
     assert "| `two` | 2.0 | b | real | not run |  |  |  |" in lines
     assert files(*runs, check=True) == 0
     assert files(run(), check=True) == 1

@@ -56,8 +56,10 @@ def _line(row: Row, run: Mapping[str, Any]) -> tuple[str, ...]:
     places = tested(run)
     holds = holding(run)
     held = f"{len(holds)} of {len(INVARIANTS)}"
-    if missing := [name for name in INVARIANTS if name not in holds]:
-        held += f" (not {', '.join(missing)})"
+    asked = {name for entry in run["verdicts"] for name in entry["invariants"]}
+    for what, names in (("not", asked.difference(holds)), ("not asked:", set(INVARIANTS) - asked)):
+        if found := [name for name in INVARIANTS if name in names]:
+            held += f" ({what} {', '.join(found)})"
     return (
         f"`{row.id}`",
         row.megatron,
