@@ -129,6 +129,7 @@ ENDS = (
     "manager.offload(); manager.onload(non_blocking=True)",
     "manager.offload(); manager.close(discard=True); manager.close()",
     "manager.cycle = [manager, trainer]; manager.offload()",
+    *["manager = create_memory_manager(trainer.model, host_memory='pageable'); manager.offload(); manager.onload()"] * 6,
 )
 
 

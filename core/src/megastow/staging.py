@@ -54,7 +54,7 @@ class Staging:
         """Start the threads, to work through this memory: a page-aligned uint8 tensor of shape [nbytes]."""
         try:
             for buffer in buffers.split(self.chunk_bytes):
-                # Not waited for when the interpreter ends: a move, in a thread that is, waits for what it needs.
+                # Not waited for before the finalizers run when the interpreter ends: moves in threads that are need it.
                 thread = threading.Thread(
                     target=_work, args=(self._tasks, buffer), name="megastow-staging", daemon=True
                 )
@@ -101,10 +101,7 @@ class Staging:
     def close(self) -> None:
         """Wait for what is under way, and let go of threads and buffers. Calling it twice is fine."""
         self.settle()
-        threads = list(self._threads)
         _dismiss(self._tasks, self._threads)
-        for thread in threads:
-            thread.join()
 
     def _queue(self, work: Callable[[torch.Tensor], None]) -> None:
         assert self._threads, "a region that is not page-locked was reserved without buffers"
@@ -143,9 +140,14 @@ def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
 
 
 def _dismiss(tasks: _Tasks, threads: list[threading.Thread]) -> None:
-    while threads:
-        threads.pop()
+    """Let threads end, and wait for that: one that is caught in torch by the end of the interpreter aborts it."""
+    leaving = list(threads)
+    threads.clear()
+    for _ in leaving:
         tasks.put(None)
+    for thread in leaving:
+        if thread is not threading.current_thread():  # which may be the last to have known the staging
+            thread.join()
 
 
 class StagedArrival(Arrival):
