@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megastow.errors import (
     AdapterSelectionError,
+    AgreementError,
     DeviceMemoryError,
     HostMemoryError,
     InvalidArgumentError,
@@ -11,6 +12,7 @@ from megastow.errors import (
     ManagerClosedError,
     MegastowError,
     OffloadedError,
+    PeerError,
     StateChangedError,
     TransferError,
     UnsupportedLayoutError,
@@ -31,6 +33,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "AdapterSelectionError",
+    "AgreementError",
     "DeviceMemoryError",
     "HostMemoryError",
     "InvalidArgumentError",
@@ -44,6 +47,7 @@ __all__ = [
     "MemoryManager",
     "MovePlan",
     "OffloadedError",
+    "PeerError",
     "Residency",
     "StateChangedError",
     "StateKind",
