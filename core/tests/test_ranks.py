@@ -1,6 +1,7 @@
 """Ranks that move together: all of them or none, errors on every one, and nobody waits for ever."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -122,6 +123,21 @@ def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
     with pytest.raises(PeerError, match="did not answer within"):
         make_call(made)
     answer.set()
+
+
+def test_who_may_wait_for_memory_is_waited_for():
+    quick, slow = agreements(dist.HashStore(), 2)
+    call = Call("onload", patience=30.0)
+
+    def vote_early():
+        with quick.making(call):
+            quick._seconds = 0.01  # of the last round
+
+    def vote_late():
+        with slow.making(call):
+            time.sleep(0.3)
+
+    assert at_once(vote_early, vote_late) == [None, None]
 
 
 def test_what_each_rank_called_is_said():
