@@ -1,6 +1,7 @@
 """A manager and the life of a process: forks of it, and its end. All in processes of their own."""
 
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 from core_toys import run_python
 
@@ -129,7 +130,8 @@ ENDS = (
     "manager.offload(); manager.onload(non_blocking=True)",
     "manager.offload(); manager.close(discard=True); manager.close()",
     "manager.cycle = [manager, trainer]; manager.offload()",
-    *["manager = create_memory_manager(trainer.model, host_memory='pageable'); manager.offload(); manager.onload()"] * 6,
+    *["manager = create_memory_manager(trainer.model, host_memory='pageable'); manager.offload(); manager.onload()"]
+    * 6,
 )
 
 
@@ -158,3 +160,16 @@ def test_an_interpreter_that_ends_says_nothing_and_unlocks_everything():
         assert set(printed.replace("end", "")) == set("+-"), f"{{end}}: {{printed}}"
         assert printed.count("+") == printed.count("-"), f"{{end}}: {{printed}}"
     """)
+
+
+def test_threads_that_copy_do_not_abort_an_interpreter_that_ends():
+    code = """
+import torch
+from megastow import create_memory_manager
+
+manager = create_memory_manager(torch.nn.Linear(512, 512), host_memory="pageable")
+manager.offload()
+manager.onload()
+"""
+    with ThreadPoolExecutor(4) as pool:  # one alone was aborted in one of three times
+        list(pool.map(run_python, [code] * 8))

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megastow.errors import (
     AdapterSelectionError,
+    AgreementError,
     CorruptionError,
     DeviceMemoryError,
     ForkedProcessError,
@@ -14,6 +15,7 @@ from megastow.errors import (
     MegastowError,
     NotOnHostError,
     OffloadedError,
+    PeerError,
     ReadOnlyError,
     StateChangedError,
     TransferError,
@@ -36,6 +38,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "AdapterSelectionError",
+    "AgreementError",
     "CorruptionError",
     "DeviceMemoryError",
     "ForkedProcessError",
@@ -52,6 +55,7 @@ __all__ = [
     "MovePlan",
     "NotOnHostError",
     "OffloadedError",
+    "PeerError",
     "ReadOnlyError",
     "Residency",
     "StateChangedError",

@@ -19,6 +19,9 @@ onload brings back what is missing.
 
 What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail; once the
 first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
+
+Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
+undone on all; one that all have confirmed is ended by each, as if the first byte were gone.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from typing import Protocol
 import torch
 
 from megastow import faults, machine
+from megastow.agreement import ALONE, Ballot
 from megastow.device import Device, Stopwatch
 from megastow.digest import SCRATCH_BYTES, Digest, Digester, digest
 from megastow.disk import DiskFolder
@@ -44,7 +48,7 @@ from megastow.host import HostArena, align_up
 from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, format_bytes
 from megastow.staging import StagedArrival, Staging
-from megastow.state import Inventory, Residency, StateKind
+from megastow.state import ORDER_OF_USE, Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, _some, belongs_to, byte_view, find_storages, storage_id
 from megastow.tiers import HostMemory, Placement, Region, Tier
 from megastow.transport import HostSlice, Transport
@@ -71,9 +75,6 @@ class Permit(Protocol):
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 _CLAIMING = process_lock()
 """All engines of the process, and what is held while one of them looks at what the others have."""
-
-_ORDER_OF_USE = (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES)
-"""How a training step comes to the kinds: forward, backward, optimizer."""
 
 RegionKey = tuple[StateKind, bool]
 """What has a region of host memory to itself: a kind's lasting state, and what is transient of it."""
@@ -250,6 +251,7 @@ class Engine:
         *,
         keep_grads: bool,
         give_back: bool = True,
+        ballot: Ballot = ALONE,
     ) -> dict[StateKind, KindReport]:
         """Move `kinds` to the host and release their device memory.
 
@@ -261,9 +263,11 @@ class Engine:
             kinds: what to move; kinds that are away already are passed over.
             keep_grads: copy gradient buffers too.
             give_back: hand the memory back to the driver; otherwise torch's allocator keeps it.
+            ballot: asked before what is not kept is dropped.
 
         Raises:
-            MegastowError: the move could not be made; everything is on the device as before.
+            MegastowError: the move could not be made, or other ranks could not make it; everything is on the device as
+                before.
         """
         moving = [k for k in kinds if k not in self._parked]
         # Left by an offload that failed and could not be undone: known as away, with bytes on the device.
@@ -277,7 +281,7 @@ class Engine:
             clock = _KindClock()
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, clock)
+            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, clock, ballot)
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -291,6 +295,7 @@ class Engine:
         arrived: Callable[[StateKind], None] | None = None,
         *,
         unverified: bool = False,
+        ballot: Ballot = ALONE,
     ) -> tuple[dict[StateKind, KindReport], list[str]]:
         """Bring `kinds` back to the device; needs device memory for exactly what was released.
 
@@ -302,6 +307,7 @@ class Engine:
             arrived: called with each kind that is back, in the order in which a training step needs them. What has been
                 told stays, whatever happens to the others; without it, all of it comes back or nothing.
             unverified: look at no digest.
+            ballot: asked before what has come back is let through: all of it, or with `arrived` each kind.
 
         Returns:
             A report for each kind, and notes.
@@ -309,9 +315,10 @@ class Engine:
         Raises:
             DeviceMemoryError: the device has not enough free memory; everything is in host memory as before.
             CorruptionError: other bytes came back than have left; everything is in host memory as before.
-            MegastowError: the move could not be made; everything is in host memory as before.
+            MegastowError: the move could not be made, or other ranks could not make it; everything is in host memory as
+                before.
         """
-        moving = [k for k in _ORDER_OF_USE if k in kinds and k in self._parked]
+        moving = [k for k in ORDER_OF_USE if k in kinds and k in self._parked]
         reports = {k: KindReport(k, moved=False) for k in kinds}
         notes: list[str] = []
         if not moving:
@@ -332,10 +339,15 @@ class Engine:
             self._device.synchronize_stream()  # not the device: it is busy with copies of whoever makes room
             clock = _KindClock()
             entries = {kind: self._parked[kind] for kind in moving}
-            self._refill(entries, clock, permit, None if arrived is None else tell, unverified)
+            try:
+                self._refill(entries, clock, permit, None if arrived is None else tell, unverified, ballot)
+            except BaseException as error:
+                if not ballot.withdraw(error):
+                    self._forget(moving)
+                raise
+            self._forget(moving)
             for kind in moving:
                 reports[kind] = _report(kind, entries[kind], clock.seconds[kind], self._arena.unit_bytes)
-                self._parked.pop(kind, None)
         return reports, notes
 
     def announce(self, kinds: Collection[StateKind], residency: Residency) -> None:
@@ -416,10 +428,16 @@ class Engine:
                         offsets[key] += align_up(parked.nbytes, unit)
         return plans
 
-    def _move_out(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
+    def _forget(self, kinds: Iterable[StateKind]) -> None:
+        """Delete the entries of kinds: the device side is the truth again."""
+        for kind in kinds:
+            self._parked.pop(kind, None)
+
+    def _move_out(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock, ballot: Ballot) -> None:
         """Copy everything that is kept, and release each storage when its bytes have arrived.
 
-        Undone if interrupted, until the first byte goes that was not kept. See [Note: what is true at which moment].
+        Undone if interrupted, until all ranks have confirmed it or the first byte goes that was not kept. See [Note:
+        what is true at which moment].
         """
         before = self.released_bytes
         self._claim(plans)
@@ -441,16 +459,17 @@ class Engine:
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
             faults.point("offload.drop")
+            ballot.confirm()
             self._drop(plans, clock)
-        except BaseException:
-            if any(p.released and p.host is None for entries in plans.values() for p in entries):
+        except BaseException as error:
+            is_confirmed = not ballot.withdraw(error)
+            if is_confirmed or any(p.released and p.host is None for entries in plans.values() for p in entries):
                 self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
                 raise
             self._settle()
             self._refill(plans, _KindClock())
             self.released_bytes = before
-            for kind in plans:
-                self._parked.pop(kind, None)
+            self._forget(plans)
             raise
 
     def _claim(self, plans: Mapping[StateKind, list[Parked]]) -> None:
@@ -514,11 +533,12 @@ class Engine:
         permit: Permit | None = None,
         arrived: Callable[[StateKind], None] | None = None,
         unverified: bool = False,
+        ballot: Ballot = ALONE,
     ) -> None:
         """Take device memory for everything that was released, fill it, and compare digests; all of it or nothing.
 
         With `arrived` it is kind by kind: that is called with each whose bytes are all here, and a failure after it
-        undoes the other kinds only.
+        undoes the other kinds only. What all ranks have confirmed is not undone.
         """
         for entries in plans.values():
             for parked in entries:
@@ -556,6 +576,7 @@ class Engine:
                     for kind in kinds:
                         self._confirm(kind, arrivals, clock)
                         self._compare([each for each in digests if each[0].kind is kind])
+                        ballot.confirm(kind)
                         for parked in plans[kind]:
                             parked.released = False
                         arrived(kind)
@@ -564,10 +585,15 @@ class Engine:
                     self._confirm(kind, arrivals, clock)
                 self._compare(digests)
             self._transport.confirm()
+            if arrived is None:
+                ballot.confirm()
         except BaseException as error:
+            is_confirmed = not ballot.withdraw(error)
             self._settle()
             for parked in taken:
-                if parked.released:
+                if is_confirmed:
+                    parked.released = False
+                elif parked.released:
                     parked.storage.resize_(0)
             self._device.release_cached()
             if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -676,7 +702,7 @@ def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -
         if record.keep or keep_grads:
             key = _region_key(record)
             sizes[key] = sizes.get(key, 0) + align_up(record.nbytes, unit)
-    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (_ORDER_OF_USE.index(key[0]), not key[1]))}
+    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key[0]), not key[1]))}
 
 
 def _as_planned(

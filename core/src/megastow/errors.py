@@ -65,11 +65,27 @@ class StateChangedError(MegastowError, RuntimeError):
     """State that was away is no longer what it was: somebody resized a released storage behind the manager's back."""
 
 
+class AgreementError(MegastowError, RuntimeError):
+    """The ranks of a group made different calls, so none was carried out."""
+
+
 # --- a move that could not be made -----------------------------------------------------------------------------------
 
 
 class TransferError(MegastowError, RuntimeError):
     """A move failed and was undone; the cause is chained, and the same call can be made again."""
+
+
+class PeerError(TransferError):
+    """Another rank of the group failed, or did not come in time, so the call was undone on this one too.
+
+    Attributes:
+        ranks: those because of which it was undone, by their global numbers; empty if nobody knows.
+    """
+
+    def __init__(self, message: str, *, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class HostMemoryError(TransferError, MemoryError):

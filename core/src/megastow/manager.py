@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 
 from megastow.adapter import BoundAdapter
+from megastow.agreement import ALONE, DEFAULT_AGREE_SECONDS, Agreement, Ballot, Call, agreement_of
 from megastow.device import device_for
 from megastow.disk import DiskFolder
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
@@ -35,7 +36,7 @@ from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
-from megastow.state import ALL_KINDS, KindLike, Residency, StateKind, parse_kinds
+from megastow.state import ALL_KINDS, ORDER_OF_USE, KindLike, Residency, StateKind, parse_kinds
 from megastow.tiers import HOST_MEMORY, HostMemory
 from megastow.transport import DEFAULT_CHUNK_BYTES
 
@@ -54,6 +55,8 @@ def create_memory_manager(
     host_memory: HostMemory = "pinned",
     disk_folder: str | os.PathLike[str] | None = None,
     verify: Literal["none", "digest"] = "none",
+    group: torch.distributed.ProcessGroup | None = None,
+    agree_timeout: float = DEFAULT_AGREE_SECONDS,
 ) -> MemoryManager:
     """Make the manager of a trainer's (or any module's) device memory.
 
@@ -76,16 +79,57 @@ def create_memory_manager(
         verify: "digest" computes 64 bits for each storage that is kept, on the device, before it leaves and when it is
             back; a difference raises `CorruptionError`. Runs beside the copies, and takes 8 MiB of device memory more
             in each move. What it catches is told in `megastow.digest`.
+        group: the ranks that move together: `torch.distributed.group.WORLD`, or any group that this process is in. This
+            call and every offload and onload is then collective over the group, and happens on all of its ranks or on
+            none. Managers of a group are made in the same order on all of its ranks. None: each rank on its own.
+        agree_timeout: seconds that ranks wait for each other at the start and before the end of such a call; with the
+            default well under NCCL's. It has to cover what ranks are apart when they call.
 
     Raises:
         InvalidTypeError: `model` is not a module or a list of modules.
         InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory` or
             `verify`, or a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
             for it.
+        AgreementError: the ranks of `group` made different calls.
+        PeerError: another rank of `group` failed, or did not come within `agree_timeout`.
         AdapterSelectionError: not exactly one adapter accepts.
         UnsupportedLayoutError: the adapter knows that layout and cannot move it.
         StateChangedError: another manager has offloaded this model at present.
     """
+    agreement = agreement_of(group, agree_timeout)
+    with agreement.making(Call(f"create_memory_manager(agree_timeout={agree_timeout:g})")) as ballot:
+        manager = _create(
+            model,
+            optimizer,
+            adapter,
+            agreement,
+            bucket_bytes=bucket_bytes,
+            chunk_bytes=chunk_bytes,
+            host_memory=host_memory,
+            disk_folder=disk_folder,
+            verify=verify,
+        )
+        try:
+            ballot.confirm()
+        except BaseException:
+            manager.close()
+            raise
+    return manager
+
+
+def _create(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    optimizer: Any,
+    adapter: str | None,
+    agreement: Agreement,
+    *,
+    bucket_bytes: int,
+    chunk_bytes: int,
+    host_memory: HostMemory,
+    disk_folder: str | os.PathLike[str] | None,
+    verify: Literal["none", "digest"],
+) -> MemoryManager:
+    """Check the arguments, choose the adapter, make the manager."""
     given: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
     for chunk in given:
         if not isinstance(chunk, torch.nn.Module):
@@ -113,6 +157,7 @@ def create_memory_manager(
         host_memory=host_memory,
         folder=folder,
         digests=verify == "digest",
+        agreement=agreement,
     )
 
 
@@ -193,6 +238,7 @@ class MemoryManager:
         host_memory: HostMemory = "pinned",
         folder: DiskFolder | None = None,
         digests: bool = False,
+        agreement: Agreement | None = None,
     ) -> None:
         """Take charge of what an adapter has bound; use `create_memory_manager` instead.
 
@@ -210,6 +256,7 @@ class MemoryManager:
             folder=folder,
             digests=digests,
         )
+        self._agreement = agreement or Agreement()
         self._guard = Guard()
         self._lock = threading.RLock()
         self._preparing: Future[int] | None = None
@@ -400,11 +447,14 @@ class MemoryManager:
             if release_workspaces:
                 move.notes.append(self._release_workspaces())
             inventory = self._trainer.inventory
-            reports = self._engine.offload(inventory, wanted, keep_grads=keep_grads, give_back=give_back)
+            reports = self._engine.offload(
+                inventory, wanted, keep_grads=keep_grads, give_back=give_back, ballot=move.ballot
+            )
             move.kinds.update(reports)
             move.notes.extend(self._engine.tier_notes(moving))
 
-        return self._run("offload", wanted, act, non_blocking)
+        call = Call(_in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking))
+        return self._run("offload", wanted, act, non_blocking, call)
 
     @overload
     def onload(
@@ -471,11 +521,17 @@ class MemoryManager:
             if beside is not None or wait_for_memory > 0:
                 permit = MemoryPermit(self._device.free_bytes, wait_for_memory, beside, window_bytes)
             arrived = self._let_through if non_blocking else None
-            reports, notes = self._engine.onload(wanted, permit, arrived, unverified=unverified)
+            reports, notes = self._engine.onload(wanted, permit, arrived, unverified=unverified, ballot=move.ballot)
             move.kinds.update(reports)
             move.notes.extend(notes)
 
-        return self._run("onload", wanted, act, non_blocking)
+        one_by_one = tuple(kind for kind in ORDER_OF_USE if kind in wanted)
+        call = Call(
+            _in_words("onload", wanted, "non_blocking" * non_blocking),
+            one_by_one if non_blocking else (None,),
+            wait_for_memory,
+        )
+        return self._run("onload", wanted, act, non_blocking, call)
 
     def wait(self) -> None:
         """Wait until no move of this manager is under way; what one failed with is its handle's to raise."""
@@ -570,10 +626,21 @@ class MemoryManager:
             self._check_not_reading()
             self._finish_preparing()
             if not discard:
-                self.onload()
+                with self._apart():
+                    self.onload()
                 self._guard.close()
             self._engine.close()
             self._closed = True
+            self._agreement.leave()
+
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Move without the other ranks of the group."""
+        agreement, self._agreement = self._agreement, Agreement()
+        try:
+            yield
+        finally:
+            self._agreement = agreement
 
     def __enter__(self) -> MemoryManager:
         return self
@@ -637,20 +704,26 @@ class MemoryManager:
             pending.exception()  # not within the lock, which the move takes
 
     def _run(
-        self, direction: Direction, wanted: Sequence[StateKind], act: Callable[[_Move], None], non_blocking: bool
+        self,
+        direction: Direction,
+        wanted: Sequence[StateKind],
+        act: Callable[[_Move], None],
+        non_blocking: bool,
+        call: Call,
     ) -> TransferReport | TransferHandle:
         """Make a move, here or in a thread of its own."""
         with self._exclusive():
             self._check_open()
             self._check_not_reading()
-            move = _Move(direction, self._device.memory())
+            move = _Move(direction, self._device.memory(), call)
             return self._start(move, wanted, act) if non_blocking else self._make(move, wanted, act)
 
     def _make(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferReport:
         """What every move has around it: the guard brought in line with the truth, the report."""
         try:
             try:
-                act(move)
+                with self._agreement.making(move.call) as move.ballot:
+                    act(move)
             finally:
                 self._settle()
         except BaseException:  # what interrupted may have been the settling; state without its guard would crash
@@ -696,6 +769,7 @@ class MemoryManager:
             self._pending = None
             pending.set_exception(error)  # whoever waits for it must not wait for ever
             self._settle()
+            self._agreement.decline(error)
             raise
         return handle
 
@@ -745,6 +819,11 @@ class MemoryManager:
             raise OffloadedError("state is being read on the host by manager.on_host; move it when that has returned")
 
 
+def _in_words(direction: Direction, kinds: Sequence[StateKind], *options: str) -> str:
+    """A call as ranks compare it, and as their errors show it."""
+    return f"{direction}({', '.join([*kinds, *filter(None, options)])})"
+
+
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of what the frames of an error hold: plans and records, and so device memory."""
     while error is not None:
@@ -755,11 +834,13 @@ def _clear_frames(error: BaseException | None) -> None:
 class _Move:
     """What a move gathers for its report."""
 
-    def __init__(self, direction: Direction, before: Any) -> None:
+    def __init__(self, direction: Direction, before: Any, call: Call) -> None:
         self.direction: Direction = direction
         self.kinds: dict[StateKind, KindReport] = {}
         self.notes: list[str] = []
         self._start = time.perf_counter()
+        self.call = call
+        self.ballot: Ballot = ALONE
         self._seconds = 0.0
         self._before = self._after = before
 

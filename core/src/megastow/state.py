@@ -37,6 +37,9 @@ KindLike = StateKind | str
 
 ALL_KINDS: tuple[StateKind, ...] = tuple(StateKind)
 
+ORDER_OF_USE = (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES)
+"""How a training step comes to the kinds: forward, backward, optimizer."""
+
 
 class Residency(str, enum.Enum):
     """Where the bytes of a kind are."""

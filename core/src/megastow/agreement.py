@@ -1,0 +1,356 @@
+"""Ranks of a group move together: each call happens on all of them or on none, and nobody waits for ever.
+
+[Note: how ranks agree]
+A call has rounds of voting: one at its start, in which all must have called the same, and one before what cannot be
+undone, which all must have reached. The rounds of a manager are numbered, and every rank goes through the same ones in
+the same order. What becomes of a round is one key of a key-value store, the decision, which can be written once
+(`compare_set`): by the last rank to vote, by a rank that has failed, or by one that has waited for too long. Whoever
+comes later finds it there. So all ranks follow the same decision, whenever they look, and a call ends at the first one
+that is not "agreed": the next call begins with the next round, on all ranks. A rank that finds that the others have
+given up on several rounds without it passes over those.
+
+The store is that of the process group (`store.py`), and no collective is involved: those would hang with the rank that
+is missing, and a gloo group is of no use any more after its first time-out.
+
+What remains is a rank that votes and then loses the store. It cannot know the decision, undoes its part, and says so.
+The residencies of the ranks may then differ until the call, or its opposite, is made again.
+
+Keys of a round are deleted in the next one that all ranks have come to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch.distributed as dist
+
+from megastow.errors import AgreementError, InvalidArgumentError, InvalidTypeError, MegastowError, PeerError
+from megastow.state import StateKind
+from megastow.store import Store, StoreLine, store_of
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_AGREE_SECONDS = 60.0
+"""How long ranks wait for each other in a round; NCCL's own limit is 10 minutes."""
+
+_GRACE_SECONDS = 5.0
+"""How long the store may take to answer, beyond the time for which it was asked to wait."""
+
+_MESSAGE_CHARACTERS = 1000
+"""The most that one rank tells the others about its error."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What ranks call together.
+
+    Attributes:
+        what: the call in words, which have to be the same on all ranks.
+        kinds: what is confirmed, in this order: kinds that are let through one by one, or None for the whole.
+        patience: seconds that a rank may take longer for it than another for good reasons, beyond the usual limit.
+    """
+
+    what: str
+    kinds: tuple[StateKind | None, ...] = (None,)
+    patience: float = 0.0
+
+
+class Ballot:
+    """What the ranks of a call have agreed on so far; this one is of a manager without a group, and agrees to all."""
+
+    def confirm(self, kind: StateKind | None = None) -> None:
+        """Vote, before what cannot be undone: all that could fail has gone well here. Waits for the others.
+
+        Args:
+            kind: what has arrived, where kinds are let through one by one; None where the call ends as a whole.
+
+        Raises:
+            PeerError: another rank failed or did not come in time; undo the call, as it does.
+        """
+
+    def withdraw(self, error: BaseException) -> bool:
+        """Tell the others that the call failed here. Asking again is fine.
+
+        Returns:
+            Whether to undo it. False if all ranks have confirmed it: the others will not undo it, so this one must not.
+        """
+        return True
+
+
+_NOTHING = Call("", ())
+
+ALONE = Ballot()
+"""For a move that is nobody else's business."""
+
+
+class Agreement:
+    """What calls of a manager are agreed on with; this one is of a manager without a group."""
+
+    @contextlib.contextmanager
+    def making(self, call: Call) -> Iterator[Ballot]:
+        """Make a call with all ranks. What fails within makes it fail on all of them, unless all have confirmed it.
+
+        What the block has not confirmed by its end is confirmed then.
+
+        Raises:
+            AgreementError: ranks made different calls; nothing was done.
+            PeerError: another rank failed or did not come in time.
+        """
+        yield ALONE
+
+    def decline(self, error: BaseException) -> None:
+        """Tell the others that a call failed here before it began."""
+
+    def leave(self) -> None:
+        """Tell the others that this rank makes no more calls. Does not wait for them."""
+
+
+def agreement_of(group: dist.ProcessGroup | None, seconds: float) -> Agreement:
+    """The agreement of a new manager; collective over the group, except that it waits for nobody.
+
+    Args:
+        group: the ranks that move together; None for a manager that moves on its own.
+        seconds: how long ranks wait for each other in a round.
+
+    Raises:
+        InvalidTypeError: `group` is not a process group that this process is in, or `seconds` not a number.
+        InvalidArgumentError: the limit is not positive.
+        PeerError: the store of the group does not answer.
+    """
+    if not isinstance(seconds, (int, float)):
+        raise InvalidTypeError(f"agree_timeout is a {type(seconds).__qualname__}; expected a number of seconds")
+    if not 0 < seconds < math.inf:
+        raise InvalidArgumentError(f"agree_timeout is {seconds}; expected a positive number of seconds")
+    if group is None:
+        return Agreement()
+    if not isinstance(group, dist.ProcessGroup):
+        raise InvalidTypeError(
+            f"group is a {type(group).__qualname__}; expected a torch.distributed.ProcessGroup that "
+            "this process is in (torch.distributed.group.WORLD for all ranks), or None"
+        )
+    ranks = dist.get_process_group_ranks(group)
+    return GroupAgreement(store_of(group), ranks, dist.get_rank(), seconds) if len(ranks) > 1 else Agreement()
+
+
+# --- one round -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of a round, for all ranks.
+
+    Attributes:
+        end: "late": somebody did not come in time; "differ": the calls were different ones.
+        text: what to tell the user; empty if all agreed.
+        ranks: those because of which they did not.
+    """
+
+    end: Literal["agreed", "differ", "failed", "late"]
+    text: str = ""
+    ranks: tuple[int, ...] = ()
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, found: bytes) -> Decision:
+        fields = json.loads(found)
+        return cls(fields["end"], fields["text"], tuple(fields["ranks"]))
+
+    def error(self, what: str) -> MegastowError:
+        """What a rank raises for it."""
+        if self.end == "differ":
+            return AgreementError(f"{self.text}. Nothing was done; make the same call on all ranks")
+        return PeerError(
+            f"{what}: {self.text}. What this rank had done of it was undone, and nothing is lost; the call can be made "
+            "again, on all ranks",
+            ranks=self.ranks,
+        )
+
+
+class _GroupBallot(Ballot):
+    """One call of a rank, from round to round.
+
+    Which rounds are left is its whole state, and changes in one step: after an interruption in between the same round
+    is asked for again, and the decision found.
+
+    Attributes:
+        following: the number of the round that the next call begins with.
+    """
+
+    def __init__(self, agreement: GroupAgreement, call: Call, first: int) -> None:
+        self._agreement = agreement
+        self._call = call
+        self._left: deque[tuple[int, StateKind | Literal["start"] | None]] = deque()
+        self._left.extend(enumerate(("start", *call.kinds), first))
+        self._is_void = False
+        self._last = first + len(call.kinds)
+        self._after_void = first
+
+    @property
+    def following(self) -> int:
+        if self._is_void:
+            return self._after_void
+        return self._left[0][0] if self._left else self._last + 1
+
+    def start(self) -> None:
+        self._vote_once()
+
+    def finish(self) -> None:
+        while self._left:
+            self._vote_once()
+
+    def confirm(self, kind: StateKind | None = None) -> None:
+        while self._left and self._vote_once() is not kind:
+            pass
+
+    def withdraw(self, error: BaseException) -> bool:
+        while self._left and not self._is_void:
+            number, _ = self._left[0]
+            self._follow(*self._agreement.stop(number, _words(error)))
+        return self._is_void
+
+    def _vote_once(self) -> StateKind | Literal["start"] | None:
+        number, point = self._left[0]
+        patience = 0.0 if point == "start" else self._call.patience
+        decision, following = self._agreement.vote(number, self._call.what, patience)
+        self._follow(decision, following)
+        if self._is_void:
+            raise decision.error(self._call.what)
+        return point
+
+    def _follow(self, decision: Decision, following: int) -> None:
+        if decision.end == "agreed":
+            self._left.popleft()
+        else:
+            self._after_void = following
+            self._is_void = True
+
+
+class GroupAgreement(Agreement):
+    """The agreement of one manager with those of the other ranks. See [Note: how ranks agree].
+
+    Managers of a group find each other by the order in which they were made, which is the same on all ranks.
+
+    Args:
+        store: the key-value store of the group.
+        ranks: those of the group, this one among them; by their global numbers, which messages use.
+        rank: this one.
+        seconds: how long ranks wait for each other.
+    """
+
+    def __init__(self, store: Store, ranks: Collection[int], rank: int, seconds: float) -> None:
+        self._ranks = tuple(ranks)
+        self._rank = rank
+        self._seconds = seconds
+        self._line = StoreLine(store)
+        self._tidied = 0  # there are no keys of rounds before this one
+        self._ballot = _GroupBallot(self, _NOTHING, 0)
+        number = self._line.ask(lambda store: store.add(f"megastow/managers/{rank}", 1), _GRACE_SECONDS)
+        self._prefix = f"megastow/{number}"
+
+    @contextlib.contextmanager
+    def making(self, call: Call) -> Iterator[Ballot]:
+        """Make a call with all ranks; see `Agreement.making`."""
+        ballot = self._ballot = _GroupBallot(self, call, self._ballot.following)
+        try:
+            ballot.start()
+            yield ballot
+            ballot.finish()
+        except BaseException as error:
+            ballot.withdraw(error)
+            raise
+
+    def decline(self, error: BaseException) -> None:
+        """Tell the others that a call failed here before it began."""
+        self._ballot = _GroupBallot(self, _NOTHING, self._ballot.following)
+        self._ballot.withdraw(error)
+
+    def leave(self) -> None:
+        """Tell the others that this rank makes no more calls. Does not wait for them."""
+        self.stop(self._ballot.following, "has closed its manager")
+
+    # --- what a ballot asks ------------------------------------------------------------------------------------------
+
+    def vote(self, number: int, what: str, patience: float) -> tuple[Decision, int]:
+        """Vote in a round, and wait for the others; the decision, and the number of the next round."""
+        seconds = self._seconds + patience
+        try:
+            return self._line.ask(lambda store: self._exchange(store, number, what, seconds), seconds + _GRACE_SECONDS)
+        except Exception as error:  # of the line; perhaps the others have agreed before it broke
+            return self.stop(number, _words(error))
+
+    def stop(self, number: int, why: str) -> tuple[Decision, int]:
+        """Have a round fail if it is not decided yet; its decision, and the number of the next round."""
+        decision = Decision("failed", f"rank {self._rank} {why}", (self._rank,))
+        try:
+            return self._line.ask(lambda store: self._decide(store, number, decision), _GRACE_SECONDS)
+        except Exception as error:
+            logger.warning("the other ranks could not be told that rank %d %s: %s", self._rank, why, error)
+            return decision, number + 1
+
+    # --- on the line -------------------------------------------------------------------------------------------------
+
+    def _key(self, number: int, name: object) -> str:
+        return f"{self._prefix}/{number}/{name}"
+
+    def _exchange(self, store: Store, number: int, what: str, seconds: float) -> tuple[Decision, int]:
+        """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
+        store.set(self._key(number, self._rank), what)
+        is_last = store.add(self._key(number, "come"), 1) == len(self._ranks)
+        if not is_last:
+            with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
+                store.wait([self._key(number, "decision")], timedelta(seconds=seconds))
+                return self._decided(store, number, store.get(self._key(number, "decision")), is_last)
+        return self._decide(store, number, self._judge(store, number, seconds), is_last)
+
+    def _judge(self, store: Store, number: int, seconds: float) -> Decision:
+        """What to make of those who have come."""
+        keys = {rank: self._key(number, rank) for rank in self._ranks}
+        if not store.check(list(keys.values())):
+            keys = {rank: key for rank, key in keys.items() if store.check([key])}
+        calls = dict(zip(keys, store.multi_get(list(keys.values())), strict=True))
+        by_call = {call.decode(): [rank for rank in calls if calls[rank] == call] for call in calls.values()}
+        told = "; ".join(f"{_names(ranks)} called {call}" for call, ranks in by_call.items())
+        missing = tuple(rank for rank in self._ranks if rank not in calls)
+        if missing:
+            late = f"{_names(missing)} did not come within {seconds:g} s, for which others waited ({told})"
+            return Decision("late", late, missing)
+        return Decision("agreed") if len(by_call) == 1 else Decision("differ", f"the ranks differ: {told}", self._ranks)
+
+    def _decide(self, store: Store, number: int, decision: Decision, is_last: bool = False) -> tuple[Decision, int]:
+        """Decide a round, if nobody has yet."""
+        found = store.compare_set(self._key(number, "decision"), "", decision.encode().decode())
+        return self._decided(store, number, found, is_last)
+
+    def _decided(self, store: Store, number: int, found: bytes, is_last: bool) -> tuple[Decision, int]:
+        """Follow a decision: tidy up, and find the next round."""
+        decision = Decision.decode(found)
+        if is_last or decision.end == "agreed":  # all have come, so nobody is at an earlier one
+            for old in range(self._tidied, number):
+                for name in (self._rank, *(("come", "decision") if is_last else ())):
+                    store.delete_key(self._key(old, name))
+            self._tidied = number
+        following = number + 1
+        if decision.end == "late":
+            while (
+                store.check([key := self._key(following, "decision")]) and Decision.decode(store.get(key)).end == "late"
+            ):
+                following += 1
+        return decision, following
+
+
+def _words(error: BaseException) -> str:
+    return f"failed: {type(error).__name__}: {error}"[:_MESSAGE_CHARACTERS]
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,100 @@
+"""The key-value store that the ranks of a process group share, asked in a way that always ends.
+
+It is where the ranks found each other, and belongs to torch. Its calls end neither with Ctrl-C nor, if the process that
+serves them is stopped, at all; so each is made in a thread of its own. And a connection serves one call at a time, a
+wait included; so who waits needs one that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from megastow.errors import PeerError
+
+_T = TypeVar("_T")
+_C10D: Any = dist  # torch's stubs leave the stores out
+
+
+class Store(Protocol):
+    """What is used of `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+    def delete_key(self, key: str, /) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+class StoreLine:
+    """A connection to a store, for work that ends in time whatever becomes of the store. For one thread at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._origin = store
+        self._idle: Store | None = None
+
+    def ask(self, work: Callable[[Store], _T], seconds: float) -> _T:
+        """Do some work with the store.
+
+        A connection whose work did not end well, or was not waited for, is left to its thread, and the next work gets a
+        new one.
+
+        Raises:
+            PeerError: it took longer than `seconds`.
+        """
+        idle, self._idle = self._idle, None
+        done: Future[tuple[Store, _T]] = Future()
+
+        def run() -> None:
+            try:
+                connection = _connect(self._origin) if idle is None else idle
+                done.set_result((connection, work(connection)))
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="megastow-agree", daemon=True).start()
+        try:
+            self._idle, result = done.result(seconds)
+        except FutureTimeoutError:
+            if done.done():
+                raise
+            raise PeerError(f"the store of the process group did not answer within {seconds:g} s", ranks=()) from None
+        return result
+
+
+def store_of(group: dist.ProcessGroup) -> Store:
+    """The store through which the ranks of a group found each other, with the group's own part of the keys."""
+    if hasattr(group, "get_group_store"):
+        public: Store = group.get_group_store()
+        return public
+    private: Store = _C10D.distributed_c10d._get_process_group_store(group)  # the only way in older releases of torch
+    return private
+
+
+def _connect(store: Any) -> Store:
+    """A connection of its own to the same store and the same part of its keys."""
+    if hasattr(store, "clone"):
+        cloned: Store = store.clone()
+        return cloned
+    server = store  # before torch 2.8
+    while isinstance(server, _C10D.PrefixStore):
+        server = server.underlying_store
+    if not isinstance(server, _C10D.TCPStore):
+        shared: Store = store
+        return shared
+    prefix = store.compare_set("megastow/prefix", "", uuid.uuid4().hex).decode()
+    connection: Store = _C10D.PrefixStore(
+        prefix,
+        _C10D.TCPStore(server.host, server.port, is_master=False, wait_for_workers=False, timeout=server.timeout),
+    )
+    return connection
