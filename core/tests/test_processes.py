@@ -126,6 +126,7 @@ ENDS = (
     "manager.offload()",
     "manager.offload(); manager.onload('weights')",
     "manager.prepare(wait=True)",
+    "manager.prepare()",
     "manager.offload(non_blocking=True)",
     "manager.offload(); manager.onload(non_blocking=True)",
     "manager.offload(); manager.close(discard=True); manager.close()",

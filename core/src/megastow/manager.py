@@ -599,7 +599,7 @@ class MemoryManager:
                     future.set_exception(error)
 
             try:
-                threading.Thread(target=run, name="megastow-prepare", daemon=True).start()
+                threading.Thread(target=run, name="megastow-prepare").start()
             except BaseException as error:
                 self._preparing = None
                 future.set_exception(error)  # whoever waits for it must not wait for ever
