@@ -297,7 +297,7 @@ def a_manager_that_cannot_be_made():
     adapter = "plain" if dist.get_rank() == 0 else "unheard of"
     with pytest.raises((PeerError, AdapterSelectionError), match="unheard of"):
         create_memory_manager(trainer.model, trainer.optimizer, group=GROUP, adapter=adapter)
-    assert not trainer.model.norm._forward_hooks  # nothing is left of the one that was made
+    assert not trainer.model._forward_hooks  # nothing is left of the one that was made
     _, manager = make()
     manager.offload()
     manager.close()
