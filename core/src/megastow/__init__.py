@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from megastow.disk import DiskSpace
 from megastow.errors import (
     AdapterSelectionError,
     AgreementError,
@@ -23,9 +24,11 @@ from megastow.errors import (
     UnsupportedTensorError,
 )
 from megastow.handle import TransferHandle
+from megastow.machine import HostLimits
 from megastow.manager import MemoryManager, create_memory_manager, create_trainer_memory_manager
 from megastow.megatron import MegatronInfo, detect_megatron
 from megastow.plan import KindPlan, MovePlan
+from megastow.read_only import ReadOnlyTensor
 from megastow.report import KindReport, MemoryFigures, TransferReport
 from megastow.state import Residency, StateKind
 from megastow.swap import swap
@@ -41,7 +44,9 @@ __all__ = [
     "AgreementError",
     "CorruptionError",
     "DeviceMemoryError",
+    "DiskSpace",
     "ForkedProcessError",
+    "HostLimits",
     "HostMemoryError",
     "InvalidArgumentError",
     "InvalidTypeError",
@@ -57,6 +62,7 @@ __all__ = [
     "OffloadedError",
     "PeerError",
     "ReadOnlyError",
+    "ReadOnlyTensor",
     "Residency",
     "StateChangedError",
     "StateKind",

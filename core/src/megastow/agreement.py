@@ -148,12 +148,13 @@ class Decision:
     """What became of a round, for all ranks.
 
     Attributes:
-        end: "late": somebody did not come in time; "differ": the calls were different ones.
+        end: "late": somebody did not come in time; "differ": the calls were different ones; "left": somebody will never
+            come again, and no later round is begun.
         text: what to tell the user; empty if all agreed.
         ranks: those because of which they did not.
     """
 
-    end: Literal["agreed", "differ", "failed", "late"]
+    end: Literal["agreed", "differ", "failed", "late", "left"]
     text: str = ""
     ranks: tuple[int, ...] = ()
 
@@ -169,6 +170,9 @@ class Decision:
         """What a rank raises for it."""
         if self.end == "differ":
             return AgreementError(f"{self.text}. Nothing was done; make the same call on all ranks")
+        if self.end == "left":
+            advice = "Nothing is lost; close the managers of all ranks, and make new ones"
+            return PeerError(f"{what}: {self.text}. {advice}", ranks=self.ranks)
         return PeerError(
             f"{what}: {self.text}. What this rank had done of it was undone, and nothing is lost; the call can be made "
             "again, on all ranks",
@@ -196,6 +200,11 @@ class _GroupBallot(Ballot):
         self._after_void = first
 
     @property
+    def is_void(self) -> bool:
+        """Whether the call has failed for all ranks."""
+        return self._is_void
+
+    @property
     def following(self) -> int:
         if self._is_void:
             return self._after_void
@@ -221,7 +230,9 @@ class _GroupBallot(Ballot):
     def _vote_once(self) -> StateKind | Literal["start"] | None:
         number, point = self._left[0]
         patience = 0.0 if point == "start" else self._call.patience
-        decision, following = self._agreement.vote(number, self._call.what, patience)
+        # Who begins a call must not be taken for one who ends the same.
+        what = self._call.what if point == "start" else f"{self._call.what}, to the end{f' of {point}' * bool(point)}"
+        decision, following = self._agreement.vote(number, what, patience)
         self._follow(decision, following)
         if self._is_void:
             raise decision.error(self._call.what)
@@ -254,13 +265,18 @@ class GroupAgreement(Agreement):
         self._line = StoreLine(store)
         self._tidied = 0  # there are no keys of rounds before this one
         self._ballot = _GroupBallot(self, _NOTHING, 0)
-        number = self._line.ask(lambda store: store.add(f"megastow/managers/{rank}", 1), _GRACE_SECONDS)
+        try:
+            number = self._line.ask(self._number, _GRACE_SECONDS)
+        except MegastowError:
+            raise
+        except Exception as error:
+            raise PeerError(f"the store of the process group does not answer: {error}", ranks=()) from error
         self._prefix = f"megastow/{number}"
 
     @contextlib.contextmanager
     def making(self, call: Call) -> Iterator[Ballot]:
         """Make a call with all ranks; see `Agreement.making`."""
-        ballot = self._ballot = _GroupBallot(self, call, self._ballot.following)
+        ballot = self._ballot = _GroupBallot(self, call, self._first())
         try:
             ballot.start()
             yield ballot
@@ -271,12 +287,17 @@ class GroupAgreement(Agreement):
 
     def decline(self, error: BaseException) -> None:
         """Tell the others that a call failed here before it began."""
-        self._ballot = _GroupBallot(self, _NOTHING, self._ballot.following)
+        self._ballot = _GroupBallot(self, _NOTHING, self._first())
         self._ballot.withdraw(error)
 
     def leave(self) -> None:
         """Tell the others that this rank makes no more calls. Does not wait for them."""
-        self.stop(self._ballot.following, "has closed its manager")
+        left = Decision("left", f"rank {self._rank} has closed its manager", (self._rank,))
+        number, decision = self._ballot.following, Decision("late")
+        while decision.end not in ("agreed", "left"):  # the others have given up on rounds that we have not seen
+            number = self._open(number)
+            decision, _ = self._stop(number, left)
+            number += 1
 
     # --- what a ballot asks ------------------------------------------------------------------------------------------
 
@@ -290,22 +311,53 @@ class GroupAgreement(Agreement):
 
     def stop(self, number: int, why: str) -> tuple[Decision, int]:
         """Have a round fail if it is not decided yet; its decision, and the number of the next round."""
-        decision = Decision("failed", f"rank {self._rank} {why}", (self._rank,))
+        return self._stop(number, Decision("failed", f"rank {self._rank} {why}", (self._rank,)))
+
+    def _stop(self, number: int, decision: Decision) -> tuple[Decision, int]:
         try:
             return self._line.ask(lambda store: self._decide(store, number, decision), _GRACE_SECONDS)
         except Exception as error:
-            logger.warning("the other ranks could not be told that rank %d %s: %s", self._rank, why, error)
+            logger.warning("the other ranks could not be told that %s: %s", decision.text, error)
             return decision, number + 1
 
+    def _first(self) -> int:
+        """The round that a call begins with: after one that has failed, the first that nobody has given up on."""
+        return self._open(self._ballot.following) if self._ballot.is_void else self._ballot.following
+
+    def _open(self, number: int) -> int:
+        """The first round from `number` on that is not decided, or in which somebody has left."""
+
+        def look(store: Store) -> int:
+            found = number
+            while store.check([key := self._key(found, "decision")]) and Decision.decode(store.get(key)).end != "left":
+                found += 1
+            return found
+
+        try:
+            return self._line.ask(look, _GRACE_SECONDS)
+        except Exception as error:  # whoever asks votes next, and hears of it there
+            logger.debug("the store could not be asked for the next round: %s", error)
+            return number
+
     # --- on the line -------------------------------------------------------------------------------------------------
+
+    def _number(self, store: Store) -> int:
+        """The number of a new manager: the next one that the others have not waited for in vain."""
+        number = store.add(f"megastow/managers/{self._rank}", 1)
+        while store.check([f"megastow/{number}/0/decision"]):
+            number = store.add(f"megastow/managers/{self._rank}", 1)
+        return number
 
     def _key(self, number: int, name: object) -> str:
         return f"{self._prefix}/{number}/{name}"
 
     def _exchange(self, store: Store, number: int, what: str, seconds: float) -> tuple[Decision, int]:
         """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
-        store.set(self._key(number, self._rank), what)
-        is_last = store.add(self._key(number, "come"), 1) == len(self._ranks)
+        mine = self._key(number, self._rank)
+        is_new = not store.check([mine])  # asked again after an interruption, it must not count twice
+        if is_new:
+            store.set(mine, what)
+        is_last = store.add(self._key(number, "come"), int(is_new)) == len(self._ranks)
         if not is_last:
             with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
                 store.wait([self._key(number, "decision")], timedelta(seconds=seconds))
@@ -339,7 +391,7 @@ class GroupAgreement(Agreement):
                 for name in (self._rank, *(("come", "decision") if is_last else ())):
                     store.delete_key(self._key(old, name))
             self._tidied = number
-        following = number + 1
+        following = number if decision.end == "left" else number + 1
         if decision.end == "late":
             while (
                 store.check([key := self._key(following, "decision")]) and Decision.decode(store.get(key)).end == "late"

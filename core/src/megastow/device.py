@@ -267,7 +267,10 @@ class CudaDevice(Device):
         if not values:
             return []
         with torch.cuda.stream(self._fetching):
-            return [int(value) for value in torch.stack(list(values)).tolist()]
+            try:
+                return [int(value) for value in torch.stack(list(values)).tolist()]
+            except torch.cuda.OutOfMemoryError:  # another tenant has taken the last block meanwhile
+                return [int(value) for value in values]
 
     def confirm(self) -> None:
         self._stream.synchronize()

@@ -150,6 +150,10 @@ class Engine:
         """Whether the bytes of `kind` are in host memory, whatever move is under way or about to begin."""
         return kind in self._parked
 
+    def is_half_away(self, kind: StateKind) -> bool:
+        """Whether an offload has failed and could not be undone either, so that only some of `kind` is released."""
+        return any(not parked.released for parked in self._parked.get(kind, ()))
+
     def on_host(self) -> list[Parked]:
         """The storages that are released, between two moves; what is not kept of them has no host memory."""
         return [parked for entries in self._parked.values() for parked in entries if parked.released]
@@ -271,7 +275,10 @@ class Engine:
         """
         moving = [k for k in kinds if k not in self._parked]
         # Left by an offload that failed and could not be undone: known as away, with bytes on the device.
-        unfinished = {k: [p for p in self._parked[k] if not p.released] for k in kinds if k in self._parked}
+        # Or by an onload that failed and was not undone to its end: its bytes are in host memory and on the device.
+        unfinished = {
+            k: [p for p in self._parked[k] if not p.released or p.storage.nbytes()] for k in kinds if k in self._parked
+        }
         unfinished = {kind: entries for kind, entries in unfinished.items() if entries}
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
@@ -361,6 +368,7 @@ class Engine:
     def close(self) -> None:
         """Give host memory back. What is parked is lost: tensors on it stay empty, and its kinds stay offloaded."""
         self._parked = {kind: [] for kind in self._parked}
+        self._transport.settle()  # before the memory goes that an interrupted move may still use
         self._arena.close()
 
     # --- steps ---------------------------------------------------------------------------------------------------
@@ -441,7 +449,10 @@ class Engine:
         """
         before = self.released_bytes
         self._claim(plans)
+        gone = {id(p) for entries in plans.values() for p in entries if p.released}
         try:
+            for parked in (p for entries in plans.values() for p in entries if p.released):
+                parked.storage.resize_(0)
             on_their_way: deque[tuple[Parked, StagedArrival]] = deque()
             in_flight = 0
             with self._device.copying():
@@ -462,11 +473,12 @@ class Engine:
             ballot.confirm()
             self._drop(plans, clock)
         except BaseException as error:
+            self._settle()  # ahead of a wait in which a user loses patience
             is_confirmed = not ballot.withdraw(error)
-            if is_confirmed or any(p.released and p.host is None for entries in plans.values() for p in entries):
+            dropped = (p for entries in plans.values() for p in entries if p.host is None and id(p) not in gone)
+            if is_confirmed or any(p.released for p in dropped):
                 self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
                 raise
-            self._settle()
             self._refill(plans, _KindClock())
             self.released_bytes = before
             self._forget(plans)
@@ -545,7 +557,8 @@ class Engine:
                 self._check_untouched(parked)
         released = [p for entries in plans.values() for p in entries if p.released]
         verifies = not unverified and any(p.digest is not None for p in released)
-        needed = sum(p.nbytes for p in released) + (SCRATCH_BYTES if verifies else 0)
+        scratch = SCRATCH_BYTES if verifies else 0
+        needed = sum(p.nbytes for p in released) + scratch
         if permit is None:
             free = self._device.free_bytes()
             if free is not None and needed > free:
@@ -562,7 +575,7 @@ class Engine:
                 for part in [batch] if permit is None else [[parked] for parked in batch]:
                     if permit is not None:
                         wanted += part[0].nbytes
-                        permit(part[0].nbytes, wanted)
+                        permit(part[0].nbytes + scratch, wanted + scratch)
                     self._take(part, taken, clock, permit)
                     with self._device.copying():
                         for parked in part:
@@ -588,8 +601,8 @@ class Engine:
             if arrived is None:
                 ballot.confirm()
         except BaseException as error:
-            is_confirmed = not ballot.withdraw(error)
             self._settle()
+            is_confirmed = not ballot.withdraw(error)
             for parked in taken:
                 if is_confirmed:
                     parked.released = False
@@ -771,7 +784,7 @@ def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
     for parked in damaged:
         tensors.setdefault(str(parked.kind), []).extend(parked.names)
     found = "; ".join(f"{_some(tuple(names))} ({kind})" for kind, names in tensors.items())
-    changed = [p for p in damaged if p.host and p.digest and int(digest(p.host.bytes())) != p.digest.value]
+    changed = [p for p in damaged if _is_damaged_on_host(p)]
     if changed:
         names = tuple(name for parked in changed for name in parked.names)
         reason = (
@@ -785,3 +798,13 @@ def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
         tensors={kind: tuple(names) for kind, names in tensors.items()},
         host_is_damaged=bool(changed),
     )
+
+
+def _is_damaged_on_host(parked: Parked) -> bool:
+    """Whether what the host keeps is not what left; so it is if it cannot be read."""
+    assert parked.host is not None
+    assert parked.digest is not None
+    try:
+        return int(digest(parked.host.bytes())) != parked.digest.value
+    except OSError:
+        return True

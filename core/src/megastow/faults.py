@@ -38,8 +38,10 @@ _armed: dict[str, Callable[..., None]] = {}
 
 def point(name: str, *at_hand: torch.Tensor) -> None:
     """Mark a step of a move, and show what it has at hand; does what a test armed for it."""
-    if _armed and name in _armed:
-        _armed[name](*at_hand)
+    if _armed:
+        action = _armed.get(name)
+        if action is not None:
+            action(*at_hand)
 
 
 @contextlib.contextmanager

@@ -78,6 +78,11 @@ class _Gate:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
 
+    @property
+    def is_read_here(self) -> bool:
+        """Whether this thread reads in host memory just now; a forked child has none."""
+        return self.reader == threading.get_ident() and self.pid == os.getpid()
+
     def wait(self, kinds: Set[StateKind]) -> BaseException | None:
         """Wait until none of `kinds` is on its way any more; returns what the move failed with, if it did."""
         if os.getpid() != self.pid:
@@ -244,8 +249,7 @@ class Blocked:
         self.missing: dict[_Gate, frozenset[StateKind]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        here = threading.get_ident()
-        if self._method in READING_CALLS and all(gate.reader == here for gate in list(self.missing)):
+        if self._method in READING_CALLS and all(gate.is_read_here for gate in list(self.missing)):
             return self._original()(*args, **kwargs)
         errors = [gate.wait(kinds) for gate, kinds in list(self.missing.items())]
         if not self.missing:  # all has arrived

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
-from megastow.errors import DeviceMemoryError, TransferError
+from megastow.errors import DeviceMemoryError, ForkedProcessError, TransferError
 from megastow.report import TransferReport, format_bytes
 
 DEFAULT_WINDOW_BYTES = 2 << 30
@@ -23,6 +24,7 @@ class TransferHandle:
     def __init__(self, future: Future[TransferReport], released: Callable[[], int]) -> None:
         self._future = future
         self._released = released
+        self._pid = os.getpid()
 
     def done(self) -> bool:
         """Whether the move is over, well or not. Does not wait."""
@@ -50,7 +52,12 @@ class TransferHandle:
         Raises:
             MegastowError: what the move failed with; it was undone, and can be made again.
             TimeoutError: the move is still under way, and goes on.
+            ForkedProcessError: this is a fork of the process that moves; it will not learn the end.
         """
+        if os.getpid() != self._pid and not self._future.done():
+            raise ForkedProcessError(
+                f"the move is made by process {self._pid}, and this is a fork of it, {os.getpid()}"
+            )
         try:
             return self._future.result(timeout)
         except FutureTimeoutError:

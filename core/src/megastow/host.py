@@ -26,7 +26,7 @@ import torch
 from megastow import faults, loans, machine
 from megastow.device import Device
 from megastow.disk import BLOCK_BYTES, DiskFolder, DiskSpace, disk_shortage
-from megastow.errors import HostMemoryError, InvalidArgumentError
+from megastow.errors import ForkedProcessError, HostMemoryError, InvalidArgumentError
 from megastow.report import format_bytes
 from megastow.staging import Staging
 from megastow.tiers import HostMemory, Placement, Region, Tier, place
@@ -84,6 +84,7 @@ class HostRegion(Region):
         except OSError:
             logger.debug("this kernel has no transparent huge pages; page-locking will be slower")
         self._memory: mmap.mmap | None = memory
+        self._pid = os.getpid()
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._device = device
         self._locked: list[int] = []
@@ -108,8 +109,14 @@ class HostRegion(Region):
         try:
             for start, nbytes in self._pieces(0, self.nbytes):
                 faults.point("host.lock")
-                self._device.lock_pages(address + start, nbytes)
-                self._locked.append(address + start)
+                self._locked.append(
+                    address + start
+                )  # before: what interrupts a call of seconds comes when it has locked
+                try:
+                    self._device.lock_pages(address + start, nbytes)
+                except HostMemoryError:
+                    self._locked.pop()
+                    raise
         except BaseException:
             _unlock(self._device, self._locked, os.getpid())
             raise
@@ -133,13 +140,23 @@ class HostRegion(Region):
 
     def close(self) -> None:
         """Unlock, and unmap when nobody has a view any more. Not to be used again; calling it twice is fine."""
-        self._finalizer()
+        _unlock(self._device, self._locked, self._pid)
+        self._finalizer.detach()
         self._memory = None
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def lend(self, offset: int, nbytes: int) -> torch.UntypedStorage:
-        """A storage over some of the bytes, without a copy, for others to look at; see `loans`."""
+        """A storage over some of the bytes, without a copy, for others to look at; see `loans`.
+
+        Raises:
+            ForkedProcessError: this is a child that was forked since, without the memory.
+        """
         assert self._memory is not None, "the region is closed"
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"the bytes are in the host memory of process {self._pid}, and this is a fork of it, {os.getpid()}, "
+                "without that memory. Make views there before the fork"
+            )
         return loans.lend(memoryview(self._memory)[offset : offset + nbytes], self.bytes.data_ptr() + offset)
 
     @property
@@ -255,6 +272,8 @@ class HostArena:
             region = self._regions.get(key)
             fits = region is not None and region.nbytes == align_up(nbytes, machine.PAGE_BYTES)
             if region is not None and fits and not region.is_lent:
+                if region.tier is Tier.PINNED:
+                    self._reasons.pop(key, None)  # it was to be demoted, and need not be
                 return region
             if region is not None:
                 del self._regions[key]
@@ -326,8 +345,14 @@ class HostArena:
                 buffers.lock()
             except HostMemoryError as error:
                 logger.warning("copies go through memory that is not page-locked, and are slower for it: %s", error)
-            self._staging.use(buffers.bytes)
             self._buffers = buffers
+            try:
+                self._staging.use(buffers.bytes)
+            except BaseException:
+                self._staging.close()
+                self._buffers = None
+                buffers.close()
+                raise
 
     def _lacks_on_disk(self, nbytes: int) -> str | None:
         """Why `nbytes` more cannot be had on disk, and as much by every process of the job on this host; or None."""
@@ -383,7 +408,8 @@ def shortage(nbytes: int, limits: machine.HostLimits) -> str | None:
 
 def _unlock(device: Device, locked: list[int], pid: int) -> None:
     while locked and os.getpid() == pid:  # a forked child has neither the memory nor the driver
-        device.unlock_pages(locked.pop())
+        device.unlock_pages(locked[-1])
+        locked.pop()
 
 
 def _touch(memory: torch.Tensor, numa_node: int | None) -> None:

@@ -23,19 +23,25 @@ from dataclasses import dataclass
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megastow.forking import process_lock
+
 
 @dataclass(frozen=True)
 class _Loan:
-    """Bytes that are lent as long as the storage lives."""
+    """Bytes that are lent as long as the storage lives, and lies on them: torch moves one that is to be shared."""
 
     storage: StorageWeakRef
     address: int
     nbytes: int
 
-    @property
-    def is_over(self) -> bool:
-        return bool(self.storage.expired())
+    def lent(self) -> torch.UntypedStorage | None:
+        """The storage; None if the loan is over."""
+        storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        return None if storage is None or storage.data_ptr() != self.address else storage
 
+
+_LENDING = process_lock()
+"""Held while loans are looked at and entered."""
 
 _loans: dict[int, _Loan] = {}
 """By address: while a loan lasts, its memory is mapped, and nothing else can be there."""
@@ -48,33 +54,46 @@ def lend(memory: memoryview, address: int) -> torch.UntypedStorage:
         memory: what is lent; whoever holds the storage holds it.
         address: where that begins.
     """
-    known = _loans.get(address)
-    if known is not None:
-        storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(known.storage.cdata)
-        if storage is not None:
-            return storage
-    for loan in [loan for loan in list(_loans.values()) if loan.is_over]:
-        _loans.pop(loan.address, None)
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    _loans[address] = _Loan(StorageWeakRef(storage), address, storage.nbytes())
-    return storage
+    with _LENDING:
+        known = _loans.get(address)
+        lent = None if known is None else known.lent()
+        if lent is None:
+            for loan in [loan for loan in _loans.values() if loan.lent() is None]:
+                del _loans[loan.address]
+            lent = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+            _loans[address] = _Loan(StorageWeakRef(lent), address, lent.nbytes())
+        return lent
 
 
 def is_lent(address: int, nbytes: int) -> bool:
     """Whether somebody still looks at any of these bytes."""
-    return any(address <= loan.address < address + nbytes and not loan.is_over for loan in list(_loans.values()))
+    with _LENDING:
+        return any(address <= loan.address < address + nbytes and loan.lent() is not None for loan in _loans.values())
+
+
+_given: list[tuple[torch.UntypedStorage, int, int]] = []
+"""What a fork under way gives to the child: storages, held so that they stay where they are, and their pages."""
+
+
+def _give() -> None:
+    for loan in list(_loans.values()):
+        storage = loan.lent()
+        if storage is not None:
+            start = loan.address - loan.address % mmap.PAGESIZE
+            _given.append((storage, start, loan.address + loan.nbytes - start))
+    _advise(mmap.MADV_DOFORK)
+
+
+def _take_back() -> None:
+    _advise(mmap.MADV_DONTFORK)
+    _given.clear()
 
 
 def _advise(advice: int) -> None:
-    """Tell the kernel of each loan what a fork is to do with its pages."""
+    """Tell the kernel what a fork is to do with the pages of what is given."""
     libc = ctypes.CDLL(None)
-    for loan in list(_loans.values()):
-        if not loan.is_over:
-            start = loan.address - loan.address % mmap.PAGESIZE
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(loan.address + loan.nbytes - start), advice)
+    for _, start, nbytes in _given:
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), advice)
 
 
-os.register_at_fork(
-    before=lambda: _advise(mmap.MADV_DOFORK),
-    after_in_parent=lambda: _advise(mmap.MADV_DONTFORK),
-)
+os.register_at_fork(before=_give, after_in_parent=_take_back, after_in_child=_given.clear)

@@ -263,6 +263,7 @@ class MemoryManager:
         self._pending: Future[TransferReport] | None = None
         self._reading = False
         self._closed = False
+        self._discarded = False  # from the begin of a close that brings nothing back, however it ends
         self._pid = os.getpid()
         self._engine.find(trainer.inventory(), ALL_KINDS)  # refuse now what could not be moved later
         self._guard.watch_backward(trainer.entrances())
@@ -277,11 +278,13 @@ class MemoryManager:
     @property
     def host_bytes(self) -> int:
         """Host memory that the manager holds now, in use or ready for the next offload."""
+        self._check_process()
         return self._engine.host_bytes
 
     @property
     def disk_bytes(self) -> int:
         """Bytes on disk that the manager holds now, in use or ready for the next offload."""
+        self._check_process()
         return self._engine.disk_bytes
 
     def residency(self, kind: KindLike) -> Residency:
@@ -312,7 +315,8 @@ class MemoryManager:
     def host_tensor(self, wanted: str | torch.Tensor) -> torch.Tensor:
         """A read-only CPU tensor over the bytes of one that is offloaded: same dtype, shape, stride and storage offset.
 
-        Nothing is moved or copied, and no memory is taken. Any tensor on an offloaded storage will do: parameters,
+        Nothing is moved or copied, and no memory is taken, except of what is kept in a file: each call reads that into
+        new memory. Any tensor on an offloaded storage will do: parameters,
         views and slices of them, flat buffers. All views on what was one storage share one. Waits for a move in the
         background, and does not synchronise with the device.
 
@@ -343,7 +347,7 @@ class MemoryManager:
         that a model and an optimizer make themselves, see `on_host`.
 
         Raises:
-            NotOnHostError: the kind is on the device, or it was not kept.
+            NotOnHostError: the kind is on the device, all or part of it, or it was not kept.
             InvalidArgumentError: there is no such kind.
             ManagerClosedError: the manager is closed.
         """
@@ -352,6 +356,11 @@ class MemoryManager:
             self._check_open()
             if not self._engine.is_away(which):
                 raise NotOnHostError(f"{which} is on the device, not in host memory: use the tensors themselves")
+            if self._engine.is_half_away(which):
+                raise NotOnHostError(
+                    f"some of {which} is still on the device: an offload failed, and so did undoing it. Offload or "
+                    "onload it again first"
+                )
             return host_state_dict(HostViews(self._engine.on_host()), self._trainer.inventory(), which)
 
     def on_host(self, function: Callable[[], Result], *, clone: bool = False) -> Result:
@@ -367,7 +376,8 @@ class MemoryManager:
 
         Args:
             function: called without arguments, under `torch.no_grad()`. It must not write to state, nor hand it to
-                collectives; what it starts in other threads, or returns to be computed later, is not helped.
+                collectives; what it starts in other threads or forked children, or returns to be computed later, is not
+                helped.
             clone: give clones in memory of torch's own instead of views: ordinary tensors. Megatron's writers of
                 distributed checkpoints fork, and a fork copies the page-locked memory behind views once for each child;
                 clones are copied once.
@@ -434,8 +444,10 @@ class MemoryManager:
         Raises:
             HostMemoryError: host memory does not suffice; nothing was moved.
             UnsupportedLayoutError: state was found that cannot be moved; nothing was moved.
-            TransferError: the move failed and was undone, and can be made again.
-            ManagerClosedError: the manager is closed.
+            StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved.
+            AgreementError: with `group`, ranks made different calls; nothing was moved.
+            TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
+            ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
         """
         wanted = parse_kinds(kinds)
 
@@ -511,8 +523,10 @@ class MemoryManager:
                 goes on from there.
             CorruptionError: with `verify="digest"`, some bytes are not those that left. The move was undone, and the
                 host copy is kept; the message says whether repeating the call can help.
-            TransferError: the move failed and was undone, and can be made again.
-            ManagerClosedError: the manager is closed.
+            StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved.
+            AgreementError: with `group`, ranks made different calls; nothing was moved.
+            TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
+            ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
         """
         wanted = parse_kinds(kinds)
 
@@ -540,6 +554,7 @@ class MemoryManager:
 
     def release_cached(self) -> None:
         """Hand memory that torch's allocator keeps, and nobody uses, back to the driver; for `give_back=False`."""
+        self._check_process()
         self._device.release_cached()
 
     @contextlib.contextmanager
@@ -556,6 +571,7 @@ class MemoryManager:
         try:
             yield report
         finally:
+            self.wait()  # for what the block may have begun
             back = [
                 k for k, entry in report.kinds.items() if entry.moved and self.residency(k) is not Residency.RESIDENT
             ]
@@ -625,7 +641,8 @@ class MemoryManager:
                 return
             self._check_not_reading()
             self._finish_preparing()
-            if not discard:
+            self._discarded |= discard
+            if not self._discarded:
                 with self._apart():
                     self.onload()
                 self._guard.close()
@@ -689,11 +706,7 @@ class MemoryManager:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One call at a time, and none while a move is under way in the background."""
-        if os.getpid() != self._pid:  # before any lock: whoever held it at the fork is not here to let go
-            raise ForkedProcessError(
-                f"this memory manager belongs to process {self._pid}, and this is a fork of it, {os.getpid()}, without "
-                "its host memory. Move in that process, or make the model and its manager after the fork"
-            )
+        self._check_process()  # before any lock: whoever held it at the fork is not here to let go
         while True:
             with self._lock:
                 pending = self._pending
@@ -702,6 +715,13 @@ class MemoryManager:
                     yield
                     return
             pending.exception()  # not within the lock, which the move takes
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedProcessError(
+                f"this memory manager belongs to process {self._pid}, and this is a fork of it, {os.getpid()}, without "
+                "its host memory. Move in that process, or make the model and its manager after the fork"
+            )
 
     def _run(
         self,
@@ -811,7 +831,7 @@ class MemoryManager:
                 logger.warning("preparing host memory failed: %s", error)
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed or self._discarded:
             raise ManagerClosedError("this memory manager is closed; create a new one with create_memory_manager")
 
     def _check_not_reading(self) -> None:

@@ -54,7 +54,10 @@ class _Calls(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
         if name in _WRITE_PAST_THE_DISPATCHER and self._views.covers(args[0]):
             _refuse(name)
-        return func(*_swapped(self._views, args), **_swapped(self._views, kwargs or {}))
+        result = func(*_swapped(self._views, args), **_swapped(self._views, kwargs or {}))
+        if name in _ARRAYS and self._views.covers(args[0]):
+            result.flags.writeable = False
+        return result
 
 
 _ABOUT_THE_TENSOR = frozenset(
@@ -78,8 +81,11 @@ _ABOUT_THE_TENSOR = frozenset(
 )
 """What asks for attributes and identity, and is answered without memory."""
 
-_WRITE_PAST_THE_DISPATCHER = frozenset({"apply_", "map_", "map2_", "data"})
-"""Methods that change a tensor, and the attribute that does when it is set, without an operation below."""
+_WRITE_PAST_THE_DISPATCHER = frozenset({"apply_", "map_", "map2_", "data", "__dlpack__"})
+"""What changes a tensor, or lets others do so, and the attribute that does when it is set: without an operation."""
+
+_ARRAYS = frozenset({"numpy", "__array__"})
+"""What gives an array on the memory of a tensor, which nobody watches; so it is made read-only."""
 
 
 class _Operations(TorchDispatchMode):
@@ -147,6 +153,8 @@ class _Outcome:
             return self._mapping(value)
         if isinstance(value, (list, tuple, set, frozenset)):
             return self._sequence(value)
+        if type(value).__name__ == "ndarray" and self._clone and not value.flags.writeable:
+            return value.copy()
         return value if isinstance(value, _LEFT_ALONE) else self._object(value)
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:

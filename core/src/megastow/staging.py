@@ -104,7 +104,10 @@ class Staging:
         _dismiss(self._tasks, self._threads)
 
     def _queue(self, work: Callable[[torch.Tensor], None]) -> None:
-        assert self._threads, "a region that is not page-locked was reserved without buffers"
+        if not self._threads:
+            raise RuntimeError(
+                "the threads that copy by way of buffers have ended, with their manager or the interpreter"
+            )
         enter = self._device.as_here()
 
         def there(buffer: torch.Tensor) -> None:
@@ -124,19 +127,19 @@ def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
     """What each thread does: knows nobody who would have to outlive it."""
     while (task := tasks.get()) is not None:
         future, work = task
-        if future.set_running_or_notify_cancel():
-            error: BaseException | None = None
+        error: BaseException | None = None
+        begins = future.set_running_or_notify_cancel()
+        if begins:
             try:
                 work(buffer)
             except BaseException as raised:
                 error = raised
-            del task, work  # they hold device memory, and whoever waits for us may count its owners
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
-            del error
-        del future
+        del task, work  # they hold device memory, and whoever waits for us may count its owners
+        if error is not None:
+            future.set_exception(error)
+        elif begins:
+            future.set_result(None)
+        del error, future
 
 
 def _dismiss(tasks: _Tasks, threads: list[threading.Thread]) -> None:

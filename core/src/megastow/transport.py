@@ -92,8 +92,8 @@ class Transport:
         return StagedArrival(self._device.arrival(), self._staging.queued())
 
     def begin(self) -> None:
-        """See that no thread is at work any more for a move that was interrupted."""
-        self._staging.settle()
+        """See that no copy is under way any more for a move that was interrupted."""
+        self.settle()
 
     def confirm(self) -> None:
         """Wait until every copy has arrived; errors surface here."""

@@ -1,0 +1,135 @@
+"""How ranks stay in step, whoever fails, comes late or leaves: threads with one store in place of processes."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from megastow import AgreementError, PeerError
+from megastow.agreement import Call, GroupAgreement
+
+SECONDS = 0.4
+
+
+@pytest.fixture
+def store():
+    return dist.HashStore()
+
+
+def members(store, seconds=SECONDS):
+    return [GroupAgreement(store, (0, 1), rank, seconds) for rank in (0, 1)]
+
+
+def make(agreement, what="offload", within=lambda: None):
+    """One call; what came of it."""
+    try:
+        with agreement.making(Call(what)):
+            within()
+    except (PeerError, AgreementError, RuntimeError) as error:
+        return error
+    return "made"
+
+
+def together(*calls):
+    barrier = threading.Barrier(len(calls))
+
+    def run(call):
+        barrier.wait(30)
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result(60) for future in [pool.submit(run, call) for call in calls]]
+
+
+def both(pair, **call):
+    return together(*(lambda member=member: make(member, **call) for member in pair))
+
+
+def test_calls_are_made_by_both_or_by_none(store):
+    pair = members(store)
+    assert both(pair) == both(pair) == ["made", "made"]
+    results = together(lambda: make(pair[0], "offload"), lambda: make(pair[1], "onload"))
+    assert all(isinstance(result, AgreementError) for result in results)
+    assert both(pair) == ["made", "made"]
+
+
+@pytest.mark.parametrize("missed", [1, 3])
+def test_ranks_that_try_again_at_the_same_time_meet(store, missed):
+    pair = members(store)
+    for _ in range(missed):
+        assert isinstance(make(pair[0]), PeerError)
+    assert any(both(pair) == ["made", "made"] for _ in range(3)), "they never met"
+    assert both(pair) == ["made", "made"]
+
+
+def test_ranks_meet_after_a_call_that_one_declined_and_the_other_never_came_to(store):
+    pair = members(store)
+    for _ in range(2):
+        pair[0].decline(RuntimeError("interrupted"))
+    assert any(both(pair) == ["made", "made"] for _ in range(3)), "they never met"
+
+
+def test_managers_made_at_the_same_time_meet_after_one_was_missed(store):
+    alone = GroupAgreement(store, (0, 1), 0, SECONDS)
+    assert isinstance(make(alone, "create"), PeerError)
+    assert any(both(members(store), what="create") == ["made", "made"] for _ in range(3)), "they never met"
+
+
+def test_who_begins_a_call_is_not_taken_for_one_who_ends_it(store):
+    """Rank 1 has voted, and loses the store before it learns that all have; then it makes the same call again."""
+    pair = members(store)
+    vote = pair[1].vote
+
+    def lose_the_store(number, what, patience):
+        vote(number, what, patience)
+        pair[1].vote = vote
+        raise ConnectionError("gone")
+
+    pair[1].vote = lose_the_store
+    pair[1].stop = lambda number, why: (_failed(), number + 1)
+
+    def second():
+        with pytest.raises(ConnectionError):
+            make(pair[1])
+        del pair[1].stop
+        return make(pair[1])
+
+    results = together(lambda: make(pair[0]), second)
+    assert results[0] != "made", "a call was confirmed by a rank that had only begun it"
+
+
+def _failed():
+    from megastow.agreement import Decision
+
+    return Decision("failed", "rank 1 failed", (1,))
+
+
+def test_every_call_fails_at_once_when_a_rank_has_left(store):
+    pair = members(store, seconds=30.0)
+    assert both(pair) == ["made", "made"]
+    pair[1].leave()
+    for _ in range(3):
+        error = make(pair[0])
+        assert isinstance(error, PeerError)
+        assert "rank 1 has closed its manager" in str(error)
+        assert "make new ones" in str(error)
+
+
+def test_leaving_is_told_behind_rounds_that_the_other_has_given_up(store):
+    pair = members(store)
+    for _ in range(2):
+        assert isinstance(make(pair[0]), PeerError)
+    pair[1].leave()
+    assert "has closed" in str(make(pair[0]))
+    pair[0].leave()
+
+
+def test_an_interrupted_vote_counts_once(store):
+    ranks = [GroupAgreement(store, (0, 1, 2), rank, SECONDS) for rank in range(3)]
+    key = ranks[0]._key(0, 0)
+    ranks[0].vote(0, "offload", 0.0)  # late: nobody else has come
+    assert store.check([key])
+    before = store.add(ranks[0]._key(0, "come"), 0)
+    ranks[0].vote(0, "offload", 0.0)
+    assert store.add(ranks[0]._key(0, "come"), 0) == before == 1
