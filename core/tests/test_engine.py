@@ -83,19 +83,23 @@ def test_nothing_is_released_before_it_has_arrived_and_what_is_dropped_goes_last
     rig.device.arrival = Arrival
     rig.device.confirm = lambda: sizes.append(device_bytes(rig.all))
     rig.offload(W, S, G)
-    assert sizes == [96, 64, 32]
+    assert sizes == [96, 96, 64, 32]  # the first: nothing is under way of an interrupted move
     assert device_bytes(rig.all) == 0
 
 
 def test_the_device_is_waited_for_before_and_released_after():
     rig = Rig(weights=[torch.randn(8), torch.randn(8)])
     rig.offload(W)
-    assert rig.device.calls[0] == "synchronize"
-    assert rig.device.calls.index("confirm") < len(rig.device.calls) - 1
+    assert rig.device.calls[:2] == ["confirm", "synchronize"]
+    assert "confirm" in rig.device.calls[2:-1]
     assert rig.device.calls[-1] == "release_cached"
     rig.device.calls.clear()
     rig.engine.onload([W])
-    assert rig.device.calls == ["synchronize_stream", "confirm"]  # the device may be busy with another tenant's copies
+    assert rig.device.calls == [
+        "confirm",
+        "synchronize_stream",
+        "confirm",
+    ]  # the device may be busy with another tenant's copies
     rig.engine.offload(rig.inventory, [W], keep_grads=False, give_back=False)
     assert "release_cached" not in rig.device.calls
     assert device_bytes(rig.all) == 0
@@ -128,7 +132,7 @@ def test_residency_is_in_between_while_moving():
     rig.device.confirm = lambda: seen.append((rig.engine.residency(W), rig.engine.residency(M)))
     rig.offload(W)
     rig.engine.onload([W])
-    assert seen == [(Residency.OFFLOADING, Residency.RESIDENT), (Residency.ONLOADING, Residency.RESIDENT)]
+    assert seen == [(r, Residency.RESIDENT) for r in (Residency.OFFLOADING, Residency.ONLOADING) for _ in range(2)]
 
 
 def test_tensors_that_join_and_leave_between_moves():

@@ -297,7 +297,7 @@ reads = {
     "save": lambda: saved({"a": w, "b": w.detach()[1]}), "iter": lambda: [row for row in w],
     "contains": lambda: one in w, "from list": lambda: torch.tensor([w[0, 0], w[0, 1]]),
     "storage": lambda: list(w.untyped_storage())[:40], "new": lambda: w.new_tensor(w), "script": lambda: scripted(w),
-    "ops": lambda: torch.ops.aten.add.Tensor(w, w), "dlpack": lambda: torch.from_dlpack(w.detach()).clone(),
+    "ops": lambda: torch.ops.aten.add.Tensor(w, w),
     "copy out": lambda: torch.zeros(w.shape).copy_(w), "max": lambda: w.max(0), "any": lambda: bool((w == w).all()),
     "stack of rows": lambda: torch.stack(list(w)), "vmap": lambda: torch.vmap(lambda r: r.sum())(w),
     "grad mode": lambda: torch.enable_grad()(lambda: (w * 2).detach())(),

@@ -382,7 +382,7 @@ class Engine:
         """
         try:
             self.announce(kinds, residency)
-            self._transport.begin()
+            self._transport.settle()
             with torch.inference_mode(False), torch.no_grad():
                 yield
         except MegastowError:

@@ -91,10 +91,6 @@ class Transport:
         """The moment when what is queued by now has arrived; call within `device.copying()`."""
         return StagedArrival(self._device.arrival(), self._staging.queued())
 
-    def begin(self) -> None:
-        """See that no copy is under way any more for a move that was interrupted."""
-        self.settle()
-
     def confirm(self) -> None:
         """Wait until every copy has arrived; errors surface here."""
         for future in self._staging.queued():
@@ -102,7 +98,7 @@ class Transport:
         self._device.confirm()
 
     def settle(self) -> None:
-        """Make sure that no copy is under way, whatever has become of it; for the end of a move that failed."""
+        """Make sure that no copy is under way, whatever has become of it: of a move that failed or was interrupted."""
         self._staging.settle()
         with contextlib.suppress(Exception):
             self._device.confirm()
