@@ -226,7 +226,6 @@ class HostArena:
         Args:
             sizes: the bytes of each, the one that is needed soonest first.
         """
-        limits = machine.host_limits()
         with self._lock:
             held = {key: (r.tier, r.nbytes) for key, r in self._regions.items() if not r.is_lent}
             staging_bytes = 0 if self._buffers else self._staging.nbytes
@@ -235,7 +234,7 @@ class HostArena:
             {key: align_up(nbytes, machine.PAGE_BYTES) for key, nbytes in sizes.items()},
             held,
             staging_bytes,
-            lambda nbytes: shortage(nbytes, limits) if nbytes > 0 else None,
+            lambda nbytes: shortage(nbytes, machine.host_limits()) if nbytes > 0 else None,
             self._lacks_on_disk,
         )
 
