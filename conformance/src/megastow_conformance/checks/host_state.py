@@ -53,6 +53,7 @@ def host_state_sharded(case: Case) -> None:
     trainer = trained(case)
     manager = case.manager(trainer)
     need_megastow(case, manager, _WHY_NOT)
+    cycle(case, manager, trainer)
     before = oracle.snapshot(trainer.named_state())
     with away(case, manager, trainer):
         trainer.save_sharded(folder, manager.on_host(trainer.sharded_checkpoint))

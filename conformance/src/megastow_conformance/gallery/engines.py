@@ -72,6 +72,7 @@ class StagesOnTheDevice(Transport):
     def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
         staged = torch.empty(host.nbytes, dtype=torch.uint8, device=storage.device)
         super().copy_in(host, staged.untyped_storage())
+        self.begin_reading(host)
         byte_view(storage).copy_(staged)
 
 
@@ -90,6 +91,7 @@ class PacksInASecondBucket(FlatTensors):
 
 @breaks(
     "checkpoint",
+    "host_state",
     "training",
     because="what cannot be saved cannot be resumed from either",
 )
