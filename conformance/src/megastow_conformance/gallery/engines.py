@@ -22,7 +22,7 @@ from megastow_conformance.gallery.exhibit import breaks
 _LOST_BYTES = "lost bytes are lost for whoever trains on them or saves them"
 
 
-@breaks("bitexact", "training", "checkpoint", because=_LOST_BYTES)
+@breaks("bitexact", "training", "checkpoint", "host_state", because=_LOST_BYTES)
 class CopiesAfterRelease(Transport):
     """Releases the memory first and copies what is there afterwards.
 
