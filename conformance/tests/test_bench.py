@@ -201,7 +201,7 @@ def test_rows_that_do_not_exist_are_refused_with_those_that_do(run_megastow):
     assert result.returncode == 3
     assert outcome is None
     assert "'steedy'" in result.stderr
-    assert "there are cold, steady, host" in result.stderr
+    assert "there are cold, steady, digest, host" in result.stderr
 
 
 # --- without a process ------------------------------------------------------------------------------------------------
