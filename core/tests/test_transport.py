@@ -5,7 +5,7 @@ import torch
 from core_toys import odd_floats, raw
 
 from megastow import faults
-from megastow.device import CpuDevice
+from megastow.device import CpuDevice, Direction
 from megastow.host import HostRegion
 from megastow.machine import PAGE_BYTES
 from megastow.transport import HostSlice, Transport
@@ -21,13 +21,13 @@ def test_out_and_back(chunk_bytes, offset):
     source = odd_floats().repeat(40)
     expected = raw(source)
     place = HostSlice(region, offset, source.nbytes)
-    with device.copying(), faults.inject("offload.chunk", RuntimeError, after=1 << 40) as passed:
+    with device.copying(Direction.OUT), faults.inject("offload.chunk", RuntimeError, after=1 << 40) as passed:
         transport.copy_out(source.untyped_storage(), place)
     assert passed[0] >= -(-source.nbytes // chunk_bytes)
     assert torch.equal(place.bytes(), expected)
     assert region.bytes[:offset].eq(0xAB).all()
     assert region.bytes[offset + source.nbytes :].eq(0xAB).all()
     source.fill_(0)
-    with device.copying():
+    with device.copying(Direction.IN):
         transport.copy_in(place, source.untyped_storage())
     assert torch.equal(raw(source), expected)

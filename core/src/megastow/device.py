@@ -8,6 +8,7 @@ crashes, which makes it a fair place to test.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -22,8 +23,15 @@ from megastow.report import MemoryFigures, format_bytes
 logger = logging.getLogger(__name__)
 
 
+class Direction(enum.Enum):
+    """Which way copies go."""
+
+    OUT = "out"
+    IN = "in"
+
+
 class Stopwatch(ABC):
-    """Seconds between two moments on the copy stream."""
+    """Seconds between two moments on a copy stream."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -35,7 +43,7 @@ class Stopwatch(ABC):
 
 
 class Arrival(ABC):
-    """A moment on the copy stream that can be waited for."""
+    """A moment on a copy stream that can be waited for."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -69,8 +77,11 @@ class Device(ABC):
         """Give memory that torch caches back to the driver."""
 
     @abstractmethod
-    def copying(self) -> contextlib.AbstractContextManager[object]:
-        """Queue copies on the copy stream for the length of the context."""
+    def copying(self, direction: Direction) -> contextlib.AbstractContextManager[object]:
+        """Queue copies on the copy stream of a direction for the length of the context.
+
+        They begin when the work that the caller's stream has by now is done.
+        """
 
     @abstractmethod
     def arrival(self) -> Arrival:
@@ -104,7 +115,7 @@ class Device(ABC):
 
     @abstractmethod
     def stopwatch(self) -> Stopwatch:
-        """Start timing on the copy stream; call within `copying`."""
+        """Start timing on the copy stream in use; call within `copying`."""
 
     @abstractmethod
     def lock_pages(self, address: int, nbytes: int) -> None:
@@ -158,7 +169,7 @@ class CpuDevice(Device):
         pass
 
     @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
+    def copying(self, direction: Direction) -> Iterator[None]:
         with torch.no_grad():
             yield
 
@@ -215,11 +226,18 @@ class _EventArrival(Arrival):
 
 
 class CudaDevice(Device):
-    """A CUDA device, with a copy stream of its own, one for work beside the copies, and one to fetch results."""
+    """A CUDA device, with a copy stream for each direction, one for work beside the copies, and one to fetch results.
+
+    [Note: a stream for each direction]
+    Copies on a stream that has ever copied the other way do not run beside copies the other way on another stream: two
+    managers that took turns with one copy stream each were seen to wait for one another to the last byte, while streams
+    that only know one direction fill both directions of the link (H100, driver 580.159; see docs/performance.md).
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._stream, self._beside, self._fetching = (torch.cuda.Stream(device) for _ in range(3))
+        self._streams = {direction: torch.cuda.Stream(device) for direction in Direction}
+        self._beside, self._fetching = (torch.cuda.Stream(device) for _ in range(2))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -247,11 +265,12 @@ class CudaDevice(Device):
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
-    def copying(self) -> Iterator[None]:
+    def copying(self, direction: Direction) -> Iterator[None]:
         # The copy stream starts where the caller's stream is: a block that was handed out there a moment ago may
         # still be in use by work queued earlier.
-        self._stream.wait_stream(torch.cuda.current_stream(self.torch_device))
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        stream = self._streams[direction]
+        stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.no_grad(), torch.cuda.stream(stream):
             yield
 
     def arrival(self) -> Arrival:
@@ -259,7 +278,7 @@ class CudaDevice(Device):
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
-        self._beside.wait_stream(self._stream)
+        self._beside.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(self._beside):
             yield
 
@@ -273,8 +292,8 @@ class CudaDevice(Device):
                 return [int(value) for value in values]
 
     def confirm(self) -> None:
-        self._stream.synchronize()
-        self._beside.synchronize()
+        for stream in (*self._streams.values(), self._beside):
+            stream.synchronize()
 
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
         stream = torch.cuda.current_stream(self.torch_device)

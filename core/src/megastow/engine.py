@@ -38,7 +38,7 @@ import torch
 
 from megastow import faults, machine
 from megastow.agreement import ALONE, Ballot
-from megastow.device import Device, Stopwatch
+from megastow.device import Device, Direction, Stopwatch
 from megastow.digest import SCRATCH_BYTES, Digest, Digester, digest
 from megastow.disk import DiskFolder
 from megastow.errors import CorruptionError, DeviceMemoryError, MegastowError, StateChangedError, TransferError
@@ -455,7 +455,7 @@ class Engine:
                 parked.storage.resize_(0)
             on_their_way: deque[tuple[Parked, StagedArrival]] = deque()
             in_flight = 0
-            with self._device.copying():
+            with self._device.copying(Direction.OUT):
                 for parked in (p for entries in plans.values() for p in entries):
                     if parked.host is None or parked.released:
                         continue
@@ -577,7 +577,7 @@ class Engine:
                         wanted += part[0].nbytes
                         permit(part[0].nbytes + scratch, wanted + scratch)
                     self._take(part, taken, clock, permit)
-                    with self._device.copying():
+                    with self._device.copying(Direction.IN):
                         for parked in part:
                             with clock.copying(parked.kind, self._device):
                                 self._copy_in(parked)
@@ -672,7 +672,7 @@ class Engine:
 
 
 class _KindClock:
-    """Seconds that each kind's part of a move took, on the host and on the copy stream."""
+    """Seconds that each kind's part of a move took, on the host and on the copy streams."""
 
     def __init__(self) -> None:
         self._host: defaultdict[StateKind, float] = defaultdict(float)

@@ -154,10 +154,10 @@ def _dismiss(tasks: _Tasks, threads: list[threading.Thread]) -> None:
 
 
 class StagedArrival(Arrival):
-    """The moment when what was queued on the copy stream, and what threads were given, has arrived.
+    """The moment when what was queued on a copy stream, and what threads were given, has arrived.
 
     Attributes:
-        host_seconds: how long `wait` has waited for threads, which no stopwatch on the copy stream sees.
+        host_seconds: how long `wait` has waited for threads, which no stopwatch on a copy stream sees.
     """
 
     def __init__(self, arrival: Arrival, queued: list[Future[None]]) -> None:

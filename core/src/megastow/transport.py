@@ -1,4 +1,4 @@
-"""Copies between device storages and host memory, in chunks, on the copy stream.
+"""Copies between device storages and host memory, in chunks, on copy streams.
 
 What the device cannot reach by itself, memory that is not page-locked and files, is copied by way of `staging`.
 
