@@ -2,12 +2,14 @@
 
 import itertools
 import threading
+from concurrent.futures import Future
 
 import pytest
 from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, snapshot
 
 from megastow import DeviceMemoryError, Residency, TransferError, create_memory_manager, faults, swap
 from megastow.device import CpuDevice
+from megastow.handle import MemoryPermit, TransferHandle
 from megastow.transport import Transport
 
 KEPT = KINDS[:3]
@@ -172,3 +174,19 @@ def test_gradients_that_were_kept_survive_a_swap_that_fails(tenants):
     assert not away.is_here()
     away.manager.onload()
     assert_same(grads, snapshot(away.trainer.tensors(["grad_buffers"])))
+
+
+def test_what_fits_need_not_wait_for_what_does_not():
+    under_way = Future()
+    given_back = [0]
+    leaving = TransferHandle(under_way, lambda: given_back[0])
+    permit = MemoryPermit(lambda: 1 << 20, 0.0, leaving, window_bytes=100)
+    assert permit([300, 90, 20], taken=0) == 1
+    given_back[0] = 290
+    assert permit([300, 20], taken=90) == 0
+    under_way.set_result(None)
+    assert permit([1 << 20, 20], taken=390) == 0
+    with pytest.raises(DeviceMemoryError) as raised:
+        permit([3 << 20, 2 << 20], taken=410)
+    assert raised.value.needed_bytes == 2 << 20
+    assert raised.value.free_bytes == 1 << 20

@@ -65,8 +65,16 @@ storages are given up soon, and that copies of another manager, the other way, a
 class Permit(Protocol):
     """Asked before device memory is taken."""
 
-    def __call__(self, nbytes: int, wanted: int) -> None:
-        """Return when `nbytes` may be taken for a storage, `wanted` in all of the move; raise if they never can."""
+    def __call__(self, sizes: Sequence[int], taken: int) -> int:
+        """Wait until one of the storages that are left may be taken; raise if none ever can.
+
+        Args:
+            sizes: their bytes, the one that is wanted soonest first.
+            taken: bytes that the move has taken before.
+
+        Returns:
+            The first that may be taken, as an index.
+        """
 
     def may_wait(self) -> bool:
         """Whether it is worth trying again where an allocation has failed all the same."""
@@ -566,16 +574,21 @@ class Engine:
         taken: list[Parked] = []
         arrivals: dict[StateKind, StagedArrival] = {}
         digests: list[tuple[Parked, Digest, Digest]] = []
-        wanted = 0
+        taken_bytes = 0
         try:
             # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
-            # by storage, and each kind is told before the next one waits for memory.
-            for kinds in [list(plans)] if permit is None else [[kind] for kind in plans]:
-                batch = [p for kind in kinds for p in plans[kind] if p.released]
-                for part in [batch] if permit is None else [[parked] for parked in batch]:
-                    if permit is not None:
-                        wanted += part[0].nbytes
-                        permit(part[0].nbytes + scratch, wanted + scratch)
+            # by storage, and each kind that somebody is told of before the next one waits for memory.
+            for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
+                left = [p for kind in kinds for p in plans[kind] if p.released]
+                left.sort(key=lambda parked: parked.host is None)  # the link need not wait for memory of zeros
+                sizes = [parked.nbytes + scratch for parked in left]
+                while left:
+                    if permit is None:
+                        part, left = left, []
+                    else:
+                        chosen = permit(sizes, taken_bytes)
+                        part = [left.pop(chosen)]
+                        taken_bytes += sizes.pop(chosen) - scratch
                     self._take(part, taken, clock, permit)
                     with self._device.copying(Direction.IN):
                         for parked in part:

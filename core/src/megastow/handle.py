@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -89,31 +89,46 @@ class MemoryPermit:
         self._beside = beside
         self._window_bytes = window_bytes
 
-    def __call__(self, nbytes: int, wanted: int) -> None:
-        """Wait until so many bytes may be taken; see `megastow.engine.Permit`."""
-        while self._is_leaving() and wanted > self._released() + self._window_bytes:
-            time.sleep(_POLL_SECONDS)
-        if self._beside is not None and self._beside.done():
-            try:
-                self._beside.wait()
-            except Exception as error:
-                raise TransferError("the offload that was to make room failed, so nothing was brought back") from error
-        while (free := self._free_bytes()) is not None and free < nbytes:
-            if not self.may_wait():
+    def __call__(self, sizes: Sequence[int], taken: int) -> int:
+        """Wait until one of these may be taken; see `megastow.engine.Permit`."""
+        while True:
+            is_leaving = self._is_leaving()
+            if not is_leaving:
+                self._check_left()
+            free = self._free_bytes()
+            limits = [] if free is None else [free]
+            if is_leaving:
+                limits.append(self._released() + self._window_bytes - taken)
+            chosen = next((i for i, nbytes in enumerate(sizes) if all(nbytes <= limit for limit in limits)), None)
+            if chosen is not None:
+                return chosen
+            if not is_leaving and not self.may_wait():
+                needed = min(sizes)
                 raise DeviceMemoryError(
-                    f"a storage of {format_bytes(nbytes)} needs device memory, and {format_bytes(free)} are free after "
+                    f"a storage of {format_bytes(needed)} needs device memory, and {format_bytes(free)} are free after "
                     f"{self._wait_for_memory:g} s: somebody else still holds the device. Everything is safe in host "
                     "memory; free device memory, then onload",
-                    needed_bytes=nbytes,
+                    needed_bytes=needed,
                     free_bytes=free,
                 )
             time.sleep(_POLL_SECONDS)
 
     def may_wait(self) -> bool:
-        """Whether there may be more memory soon; the time to wait runs from the first question."""
+        """Whether there may be more memory soon; the time to wait runs from the first question without an offload."""
+        if self._is_leaving():
+            return True
         if self._deadline is None:
             self._deadline = time.monotonic() + self._wait_for_memory
-        return self._is_leaving() or time.monotonic() < self._deadline
+        return time.monotonic() < self._deadline
+
+    def _check_left(self) -> None:
+        """Raise if the offload that was to make room has failed."""
+        if self._beside is None:
+            return
+        try:
+            self._beside.wait()
+        except Exception as error:
+            raise TransferError("the offload that was to make room failed, so nothing was brought back") from error
 
     def _is_leaving(self) -> bool:
         return self._beside is not None and not self._beside.done()
