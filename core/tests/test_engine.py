@@ -35,9 +35,9 @@ class Counting(CpuDevice):
 class Rig:
     """An engine over tensors given by kind; gradients are dropped."""
 
-    def __init__(self, bucket_bytes=1 << 20, **tensors):
+    def __init__(self, bucket_bytes=1 << 20, digests=False, **tensors):
         self.device = Counting()
-        self.engine = Engine(self.device, bucket_bytes=bucket_bytes, chunk_bytes=64)
+        self.engine = Engine(self.device, bucket_bytes=bucket_bytes, chunk_bytes=64, digests=digests)
         self.tensors = {StateKind(kind): list(values) for kind, values in tensors.items()}
 
     def inventory(self):

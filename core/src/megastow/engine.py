@@ -44,6 +44,7 @@ from megastow.disk import DiskFolder
 from megastow.errors import CorruptionError, DeviceMemoryError, MegastowError, StateChangedError, TransferError
 from megastow.flat import FlatTensors
 from megastow.forking import process_lock
+from megastow.head_start import Begun, LastPlaces
 from megastow.host import HostArena, align_up
 from megastow.plan import KindPlan, MovePlan
 from megastow.report import KindReport, format_bytes
@@ -143,6 +144,8 @@ class Engine:
         self._flat = FlatTensors(device, bucket_bytes)
         self._parked: dict[StateKind, list[Parked]] = {}
         self._moving: dict[StateKind, Residency] = {}
+        self._last_places = LastPlaces()
+        self._claimed: set[int] = set()  # identities of storages that a head start reads
         self.released_bytes = 0
         with _CLAIMING:
             _ENGINES.add(self)
@@ -237,6 +240,7 @@ class Engine:
         """
         here = [kind for kind in kinds if kind not in self._parked]
         with self._during("preparation", here, Residency.RESIDENT):
+            self._device.synchronize()
             records = self._pack(inventory, here, keep_grads=False)
             return _host_sizes(records, False, self._arena.unit_bytes)
 
@@ -291,12 +295,15 @@ class Engine:
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
             return reports
-        with self._during("offload", [*moving, *unfinished], Residency.OFFLOADING):
+        clock = _KindClock()
+        with (
+            self._during("offload", [*moving, *unfinished], Residency.OFFLOADING),
+            self._head_start(moving, clock) as begun,
+        ):
             records = self._pack(inventory, moving, keep_grads)
-            clock = _KindClock()
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, clock, ballot)
+            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, begun, clock, ballot)
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -341,7 +348,7 @@ class Engine:
 
         def tell(kind: StateKind) -> None:
             assert arrived is not None
-            del self._parked[kind]
+            self._forget([kind])
             self._moving.pop(kind, None)
             arrived(kind)
 
@@ -391,6 +398,7 @@ class Engine:
         try:
             self.announce(kinds, residency)
             self._transport.settle()
+            self._claimed = set()
             with torch.inference_mode(False), torch.no_grad():
                 yield
         except MegastowError:
@@ -406,14 +414,50 @@ class Engine:
         finally:
             self.settle()
 
+    @contextlib.contextmanager
+    def _head_start(self, kinds: Sequence[StateKind], clock: _KindClock) -> Iterator[Mapping[int, Begun]]:
+        """Begin with the copies of the last offload, while it is found out what this one has to copy.
+
+        Synchronises with the device first: what is copied from there on must not change any more.
+
+        Yields:
+            What was begun, by identity of the storage; see `head_start`.
+        """
+        self._device.synchronize()
+        try:
+            yield self._begin_as_last_time(kinds, clock)
+        except BaseException:
+            self._transport.settle()
+            raise
+        finally:
+            self._claimed = set()
+
+    def _begin_as_last_time(self, kinds: Sequence[StateKind], clock: _KindClock) -> dict[int, Begun]:
+        """Queue the copies of the last offload, of storages that no other manager moves; holds none of them after."""
+        with _CLAIMING:
+            taken = self._taken_by_others()
+            places = self._last_places.recall(kinds, self._arena.is_ready)
+            reading = [
+                Parked(storage, host.nbytes, kind, (), host)
+                for kind, storage, host in places
+                if storage_id(storage) not in taken
+            ]
+            self._claimed = {storage_id(parked.storage) for parked in reading}
+        begun: dict[int, Begun] = {}
+        with self._device.copying(Direction.OUT):
+            for parked in reading:
+                assert parked.host is not None
+                arrival = self._copy_out(parked, clock)
+                begun[storage_id(parked.storage)] = Begun(parked.host, arrival, parked.digest)
+        return begun
+
     def _pack(
         self, inventory: Callable[[], Inventory], kinds: Collection[StateKind], keep_grads: bool
     ) -> list[StorageRecord]:
         """Pack small storages into device buckets, if the host can take all; returns the storages that there are then.
 
-        Synchronises with the device, before and after.
+        The caller has synchronised with the device; synchronises with it after packing.
         """
-        self._device.synchronize()
         records = self.find(inventory(), kinds)
         self._arena.check(_host_sizes(records, keep_grads, self._arena.unit_bytes))
         if not self._flat.pack(records):
@@ -447,10 +491,17 @@ class Engine:
     def _forget(self, kinds: Iterable[StateKind]) -> None:
         """Delete the entries of kinds: the device side is the truth again."""
         for kind in kinds:
-            self._parked.pop(kind, None)
+            entries = self._parked.pop(kind, ())
+            self._last_places.remember(kind, ((p.storage, p.host) for p in entries if p.host is not None))
 
-    def _move_out(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock, ballot: Ballot) -> None:
-        """Copy everything that is kept, and release each storage when its bytes have arrived.
+    def _move_out(
+        self,
+        plans: Mapping[StateKind, list[Parked]],
+        begun: Mapping[int, Begun],
+        clock: _KindClock,
+        ballot: Ballot,
+    ) -> None:
+        """Copy everything that is kept, unless that has begun, and release each storage when its bytes have arrived.
 
         Undone if interrupted, until all ranks have confirmed it or the first byte goes that was not kept. See [Note:
         what is true at which moment].
@@ -467,7 +518,12 @@ class Engine:
                 for parked in (p for entries in plans.values() for p in entries):
                     if parked.host is None or parked.released:
                         continue
-                    on_their_way.append((parked, self._copy_out(parked, clock)))
+                    early = begun.get(storage_id(parked.storage))
+                    if early is not None and early.host == parked.host:
+                        parked.digest = early.digest
+                        on_their_way.append((parked, early.arrival))
+                    else:
+                        on_their_way.append((parked, self._copy_out(parked, clock)))
                     in_flight += parked.nbytes
                     while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
                         oldest, arrival = on_their_way.popleft()
@@ -499,13 +555,7 @@ class Engine:
             StateChangedError: another manager moves or has moved some of it.
         """
         with _CLAIMING:
-            taken = {
-                storage_id(parked.storage)
-                for engine in _ENGINES
-                if engine is not self
-                for entries in list(engine._parked.values())
-                for parked in entries
-            }
+            taken = self._taken_by_others()
             for parked in (p for entries in plans.values() for p in entries):
                 if storage_id(parked.storage) in taken or not (parked.released or parked.storage.nbytes()):
                     raise StateChangedError(
@@ -513,6 +563,16 @@ class Engine:
                         "it was moved by this one. Let one manager move it, or wait for the other and onload there"
                     )
             self._parked.update(plans)
+
+    def _taken_by_others(self) -> set[int]:
+        """Identities of the storages that other managers of the process move or have moved; hold `_CLAIMING`."""
+        taken: set[int] = set()
+        for engine in _ENGINES:
+            if engine is not self:
+                taken |= engine._claimed
+                for entries in list(engine._parked.values()):
+                    taken.update(storage_id(parked.storage) for parked in entries)
+        return taken
 
     def _copy_out(self, parked: Parked, clock: _KindClock) -> StagedArrival:
         """Queue the copy of a storage; what to wait for."""

@@ -275,10 +275,16 @@ class HostArena:
                     self._reasons.pop(key, None)  # it was to be demoted, and need not be
                 return region
             if region is not None:
+                self._device.confirm()  # an offload may have begun to copy to it, before it knew better
                 del self._regions[key]
                 region.close()
             region = self._regions[key] = self._make(key, nbytes)
             return region
+
+    def is_ready(self, region: Region) -> bool:
+        """Whether a region is one of ours that the device may write to now, if nothing is kept in it."""
+        with self._lock:
+            return region in self._regions.values() and region.tier is Tier.PINNED and not region.is_lent
 
     def demoted(self) -> Mapping[Hashable, tuple[Tier, str]]:
         """The tier of each key that is not where it would be if there were room, and why."""
