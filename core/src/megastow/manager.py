@@ -36,7 +36,7 @@ from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
-from megastow.state import ALL_KINDS, ORDER_OF_USE, KindLike, Residency, StateKind, parse_kinds
+from megastow.state import ALL_KINDS, ORDER_OF_USE, Inventory, KindLike, Residency, StateKind, parse_kinds
 from megastow.tiers import HOST_MEMORY, HostMemory
 from megastow.transport import DEFAULT_CHUNK_BYTES
 
@@ -458,7 +458,11 @@ class MemoryManager:
                 self._trainer.quiesce(moving, keep_grads=keep_grads)
             if release_workspaces:
                 move.notes.append(self._release_workspaces())
-            inventory = self._trainer.inventory
+
+            def inventory() -> Inventory:
+                self._guard_what_is_away()  # here, where the first copies are under way
+                return self._trainer.inventory()
+
             reports = self._engine.offload(
                 inventory, wanted, keep_grads=keep_grads, give_back=give_back, ballot=move.ballot
             )
