@@ -238,7 +238,7 @@ def test_a_group_that_cannot_start_is_a_failure():
         outcome = group.run(checks.passes, SCENARIO)
         assert outcome.verdict == "failed"
         assert outcome.report().startswith("start of none-1.0 with 2 rank(s): rank ")
-        assert "RuntimeError: no network for rank 0" in outcome.report()
+        assert re.search("RuntimeError: no network for rank [01]", outcome.report())  # whichever was first
         assert group.pids == []
 
 

@@ -52,7 +52,7 @@ def held_copies(name):
 
 
 def run(code):
-    return run_python(SET_UP + textwrap.dedent(code), timeout=60)
+    return run_python(SET_UP + textwrap.dedent(code), timeout=150)
 
 
 def test_a_forked_child_is_refused_and_its_parent_is_not():

@@ -65,6 +65,7 @@ def install(core_version: Version) -> None:
     if core_version >= Version("0.18") and _is_missing("triton"):
         _stand_in_for_triton()
     if not torch.cuda.is_available():
+        _compile_nothing()
         _answer_current_device()
         _redirect_factories("tensor", "zeros")
         _answer_tensor_type()
@@ -459,15 +460,20 @@ def _stand_in_for_triton() -> None:
     """From 0.18 the DDP's import path imports Triton unconditionally.
 
     torch must not take the stand-in for the real thing: it is asked about Triton while there is none (it remembers its
-    answers), and ``torch.compile`` leaves functions as they are.
+    answers), and nothing is compiled.
     """
     probes = importlib.import_module("torch.utils._triton")
     for name in dir(probes):
         if name.startswith("has_triton"):
             getattr(probes, name)()
-    setattr(torch, "compile", lambda model=None, **kwargs: model or (lambda function: function))  # noqa: B010
+    _compile_nothing()
     for name in ("triton", "triton.language", "triton.language.extra"):
         _register(_ModuleOfAnything(name))
+
+
+def _compile_nothing() -> None:
+    """``torch.compile`` leaves functions as they are; on a CPU its compiler takes seconds to import, and longer to run."""
+    setattr(torch, "compile", lambda model=None, **kwargs: model or (lambda function: function))  # noqa: B010
 
 
 # --- repairs of releases --------------------------------------------------------------------------------------------

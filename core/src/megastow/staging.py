@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -136,6 +137,7 @@ def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
                 error = raised
         del task, work  # they hold device memory, and whoever waits for us may count its owners
         if error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold device memory, too
             future.set_exception(error)
         elif begins:
             future.set_result(None)
