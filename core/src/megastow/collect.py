@@ -6,15 +6,27 @@ Shared by the adapters, so that each of them only says what is special about its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 
 from megastow.errors import InvalidArgumentError
 from megastow.state import Inventory, StateKind, TensorGroup
 
-NamedModules = Sequence[tuple[str, torch.nn.Module]]
-"""What `named_modules` found: one walk serves a whole inventory."""
+
+class NamedModules(list[tuple[str, torch.nn.Module]]):
+    """What `named_modules` found: one walk serves a whole inventory."""
+
+    @cached_property
+    def parameters(self) -> Sequence[tuple[str, torch.nn.Parameter]]:
+        """The parameters of the modules, each once, as they were when this was first asked."""
+        found: dict[int, tuple[str, torch.nn.Parameter]] = {}
+        for path, module in self:
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and id(parameter) not in found:
+                    found[id(parameter)] = f"{path}.{name}" if path else name, parameter
+        return list(found.values())
 
 
 def named_modules(model: Sequence[torch.nn.Module]) -> NamedModules:
@@ -22,31 +34,23 @@ def named_modules(model: Sequence[torch.nn.Module]) -> NamedModules:
 
     What torch's generators find, in a fifth of their time: an inventory is made at every move.
     """
-    found: list[tuple[str, torch.nn.Module]] = []
+    found = NamedModules()
     seen: set[int] = set()
-
-    def walk(path: str, module: torch.nn.Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        found.append((path, module))
-        for name, child in list(module._modules.items()):
-            if child is not None:
-                walk(f"{path}.{name}" if path else name, child)
-
     for index, chunk in enumerate(model):
-        walk(f"chunk{index}" if len(model) > 1 else "", chunk)
+        _walk(f"chunk{index}" if len(model) > 1 else "", chunk, found, seen)
     return found
 
 
-def parameters_of(modules: NamedModules) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The parameters of modules, each once."""
-    seen: set[int] = set()
-    for path, module in modules:
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{name}" if path else name, parameter
+def _walk(path: str, module: torch.nn.Module, found: NamedModules, seen: set[int]) -> None:
+    """Not a function within `named_modules`: that would be a reference cycle, with the whole model in it."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    found.append((path, module))
+    if module._modules:
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                _walk(f"{path}.{name}" if path else name, child, found, seen)
 
 
 def find_device(modules: Sequence[torch.nn.Module]) -> torch.device:
@@ -73,9 +77,9 @@ def find_device(modules: Sequence[torch.nn.Module]) -> torch.device:
     return next(iter(devices))
 
 
-def named_parameters(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_parameters(modules: Sequence[torch.nn.Module]) -> Sequence[tuple[str, torch.nn.Parameter]]:
     """Parameters of all chunks, each once, with the chunk in front of the name if there are several."""
-    return parameters_of(named_modules(modules))
+    return named_modules(modules).parameters
 
 
 def largest_dtype(modules: Sequence[torch.nn.Module]) -> torch.dtype:
@@ -95,38 +99,61 @@ def add_modules(inventory: Inventory, modules: NamedModules) -> None:
     listed = {_storage_of(tensor) for known in inventory.groups for _, tensor in known.tensors}
     group = inventory.group(StateKind.WEIGHTS, "parameters and buffers")
     others = inventory.group(StateKind.WEIGHTS, "tensor attributes of modules", transient=True)
+    no_tensors: set[type] = set()
     for path, module in modules:
-        attributes = vars(module)
-        for table in ("_parameters", "_buffers"):
-            for name, tensor in list(attributes[table].items()):
-                group.add(f"{path}.{name}" if path else name, tensor)
-        for name, value in tensor_attributes(module):
+        for table in (module._parameters, module._buffers):
+            if table:
+                for name, tensor in list(table.items()):
+                    group.add(f"{path}.{name}" if path else name, tensor)
+        for name, value in tensor_attributes(module, no_tensors):
             if _storage_of(value) not in listed:
                 others.add(f"{path}.{name}" if path else name, value)
 
 
 def add_attributes(group: TensorGroup, path: str, owner: object) -> None:
     """The tensors among the plain attributes of an object."""
-    for name, value in tensor_attributes(owner):
+    for name, value in tensor_attributes(owner, set()):
         group.add(f"{path}.{name}" if path else name, value)
 
 
-def tensor_attributes(owner: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """Attributes that are tensors with memory; what the owner has emptied itself is passed over."""
-    for name, value in list(vars(owner).items()):  # a list, for another thread may set attributes meanwhile
-        if isinstance(value, torch.Tensor) and _has_bytes(value):
-            yield name, value
+def tensor_attributes(owner: object, no_tensors: set[type]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Attributes that are tensors with memory; what the owner has emptied itself is passed over.
+
+    Args:
+        owner: whose.
+        no_tensors: classes of which no instance is a tensor; grows by those that are met. A model has ten thousand
+            attributes of a few dozen classes, and to ask each whether it is a tensor takes most of the time.
+    """
+    attributes = vars(owner)
+    if no_tensors.issuperset(map(type, list(attributes.values()))):
+        return
+    for name, value in list(attributes.items()):  # a list, for another thread may set attributes meanwhile
+        if isinstance(value, torch.Tensor):
+            if _has_bytes(value):
+                yield name, value
+        elif value.__class__ is type(value):  # else it stands for something, and another one may for a tensor
+            no_tensors.add(type(value))
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def add_main_weights(group: TensorGroup, optimizer: torch.optim.Optimizer, prefix: str = "") -> None:
-    """What a torch optimizer steps on. Where that is a parameter of the model, it moves with the weights."""
+def add_main_weights(
+    group: TensorGroup, optimizer: torch.optim.Optimizer, prefix: str = "", listed: Collection[int] = ()
+) -> None:
+    """What a torch optimizer steps on. Where that is a parameter of the model, it moves with the weights.
+
+    Args:
+        group: where to list it.
+        optimizer: the optimizer.
+        prefix: stands in front of its names.
+        listed: identities of tensors that are listed already, in this group or as weights, and are passed over.
+    """
     for number, param_group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(param_group["params"]):
-            group.add(f"{prefix}param_groups[{number}][{index}]", parameter)
+            if id(parameter) not in listed:
+                group.add(f"{prefix}param_groups[{number}][{index}]", parameter)
 
 
 def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, prefix: str = "") -> None:
@@ -135,8 +162,10 @@ def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, p
     `step` counters that torch keeps on the host are bookkeeping, not device state, also where the device is the CPU.
     """
     for index, state in enumerate(list(optimizer.state.values())):
-        on_device = {key: value for key, value in list(state.items()) if key != "step" or not _is_on_host(value)}
-        _add_nested(group, f"{prefix}state[{index}]", on_device)
+        name = f"{prefix}state[{index}]"
+        for key, value in list(state.items()):
+            if key != "step" or not _is_on_host(value):
+                _add_nested(group, _entry(name, key), value)
     for number, param_group in enumerate(optimizer.param_groups):
         others = {key: value for key, value in param_group.items() if key != "params"}
         _add_nested(group, f"{prefix}param_groups[{number}]", others)
@@ -145,8 +174,8 @@ def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, p
 def add_grads(group: TensorGroup, named: Iterable[tuple[str, torch.Tensor]]) -> None:
     """The `.grad` of tensors."""
     for name, tensor in named:
-        if tensor.is_leaf or tensor.retains_grad:
-            group.add(f"{name}.grad", tensor.grad)
+        if (tensor.is_leaf or tensor.retains_grad) and (grad := tensor.grad) is not None:
+            group.add(f"{name}.grad", grad)
 
 
 def _has_bytes(tensor: torch.Tensor) -> bool:
@@ -154,7 +183,11 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
 
 
 def _is_on_host(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return isinstance(value, torch.Tensor) and value.is_cpu
+
+
+def _entry(name: str, key: object) -> str:
+    return f"{name}[{key!r}]" if isinstance(key, str) else f"{name}[{len(name)}]"
 
 
 def _add_nested(group: TensorGroup, name: str, value: object) -> None:
@@ -162,7 +195,7 @@ def _add_nested(group: TensorGroup, name: str, value: object) -> None:
         group.add(name, value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _add_nested(group, f"{name}[{key!r}]" if isinstance(key, str) else f"{name}[{len(name)}]", item)
+            _add_nested(group, _entry(name, key), item)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _add_nested(group, f"{name}[{index}]", item)

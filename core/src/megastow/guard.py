@@ -21,9 +21,8 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
@@ -38,8 +37,7 @@ CallTable = Mapping[str, frozenset[StateKind]]
 """Names of methods, and the kinds that each reads or writes."""
 
 
-@dataclass(frozen=True)
-class GuardedCalls:
+class GuardedCalls(NamedTuple):
     """Methods of an instance that must not run while any of their kinds is away.
 
     Attributes:
@@ -99,7 +97,8 @@ class Guard:
 
     def __init__(self) -> None:
         self._gate = _Gate()
-        self._blocked: dict[tuple[int, str], tuple[dict[str, Any], Blocked]] = {}  # by identity of the owner and method
+        # By identity of an owner: its attributes, and those of them that stand where methods were.
+        self._blocked: dict[int, tuple[dict[str, Any], dict[str, Blocked]]] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -130,15 +129,19 @@ class Guard:
         needed = list(calls()) if away else []
         self._is_settled = False
         self._gate.away.update(away)
-        candidates: dict[tuple[type, int], list[_Candidate]] = {}
-        blocked_now: dict[tuple[int, str], frozenset[StateKind]] = {}
-        for guarded in needed:
-            key = (type(guarded.owner), id(guarded.calls))
+        candidates: dict[tuple[type, int], _Candidates] = {}
+        blocked_now: dict[int, _Blocks] = {}  # by identity of the owner
+        for owner, calls_of_it in needed:
+            key = (type(owner), id(calls_of_it))
             if key not in candidates:
-                candidates[key] = _candidates(type(guarded.owner), guarded.calls, away)
-            self._block(guarded.owner, candidates[key], blocked_now)
-        for slot in self._blocked.keys() - blocked_now.keys():
-            self._unblock(slot)
+                candidates[key] = _candidates(type(owner), calls_of_it, away, self._gate)
+            blocks = candidates[key].on(owner)
+            if id(owner) in blocked_now:
+                blocks = _union(blocks, blocked_now[id(owner)], self._gate)
+            self._block(owner, blocks)
+            blocked_now[id(owner)] = blocks
+        for owner_id, (_, standing) in list(self._blocked.items()):
+            self._unblock(owner_id, standing.keys() - blocked_now.get(owner_id, {}).keys())
         self._gate.away.intersection_update(away)
         self._is_settled = True
 
@@ -159,77 +162,100 @@ class Guard:
     def close(self) -> None:
         """Remove everything."""
         with _REPLACING:
-            for slot in list(self._blocked):
-                self._unblock(slot)
+            for owner_id, (_, standing) in list(self._blocked.items()):
+                self._unblock(owner_id, list(standing))
         self._gate.away.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _block(
-        self, owner: object, candidates: Iterable[_Candidate], blocked_now: dict[tuple[int, str], frozenset[StateKind]]
-    ) -> None:
+    def _block(self, owner: object, blocks: _Blocks) -> None:
         attributes = vars(owner)
-        for candidate in candidates:
-            method = candidate.method
-            has_it = candidate.is_certain or attributes.get(method) is not None
-            if not has_it and not (candidate.may_delegate and hasattr(owner, method)):
-                continue
-            slot = (id(owner), method)
+        _, standing = self._blocked.get(id(owner), (attributes, {}))
+        self._blocked[id(owner)] = attributes, standing
+        for method, missing in blocks.items():
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked:
-                blocked = Blocked(owner, method, blocked)
-            _, before = self._blocked.get(slot, (attributes, blocked))
-            self._blocked[slot] = (attributes, blocked)
-            missing = blocked_now[slot] = blocked_now.get(slot, _NOTHING) | candidate.missing
-            blocked.missing[self._gate] = missing
+                blocked = Blocked(owner, method, blocked, missing)
+            before = standing.get(method, blocked)
+            standing[method] = blocked  # first of all, so that whatever interrupts this can be made up for
+            if blocked.missing is not missing:
+                blocked.missing = {**blocked.missing, **missing}
             attributes[method] = blocked
             if before is not blocked:  # somebody has wrapped it meanwhile; this stands in front of the wrapper
-                before.missing.pop(self._gate, None)
+                before.forget(self._gate)
 
-    def _unblock(self, slot: tuple[int, str]) -> None:
-        (attributes, blocked), (_, name) = self._blocked[slot], slot
-        blocked.missing.pop(self._gate, None)
-        if not blocked.missing and attributes.get(name) is blocked:  # not what somebody else has put there since
-            if blocked.before is _MISSING:
-                del attributes[name]
-            else:
-                attributes[name] = blocked.before
-        self._blocked.pop(slot, None)
+    def _unblock(self, owner_id: int, methods: Iterable[str]) -> None:
+        attributes, standing = self._blocked[owner_id]
+        for method in methods:
+            blocked = standing[method]
+            blocked.forget(self._gate)
+            if not blocked.missing and attributes.get(method) is blocked:  # not what somebody else has put there since
+                if blocked.before is _MISSING:
+                    del attributes[method]
+                else:
+                    attributes[method] = blocked.before
+            del standing[method]
+        if not standing:
+            del self._blocked[owner_id]
 
 
 _REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A method that the instances of a class may have and that is not to be called now.
+_Missing = Mapping[_Gate, frozenset[StateKind]]
+"""The kinds that a method needs and that are away, by the gate of the guard that blocks it."""
+
+_Blocks = Mapping[str, _Missing]
+"""Methods that a guard is to block, and what each of them misses."""
+
+
+class _Candidates(NamedTuple):
+    """What is to be blocked on instances of a class.
 
     Attributes:
-        method: its name.
-        missing: the kinds that it needs and that are away.
-        is_certain: whether every instance has it.
-        may_delegate: whether an instance may find it through a `__getattr__` of the class.
+        certain: methods that every instance has.
+        possible: those that an instance may have.
+        may_delegate: whether an instance may find one through a `__getattr__` of the class.
     """
 
-    method: str
-    missing: frozenset[StateKind]
-    is_certain: bool
+    certain: _Blocks
+    possible: _Blocks
     may_delegate: bool
 
+    def on(self, owner: object) -> _Blocks:
+        """What is to be blocked on one of them."""
+        attributes = vars(owner)
+        if not self.may_delegate and self.possible.keys().isdisjoint(attributes.keys()):
+            return self.certain
+        found = {
+            method: missing
+            for method, missing in self.possible.items()
+            if attributes.get(method) is not None or (self.may_delegate and hasattr(owner, method))
+        }
+        return {**self.certain, **found}
 
-def _candidates(owner: type, calls: CallTable, away: Set[StateKind]) -> list[_Candidate]:
+
+def _candidates(owner: type, calls: CallTable, away: Set[StateKind], gate: _Gate) -> _Candidates:
     """What of a table is to be blocked on instances of a class: asked once, since a model has hundreds of each."""
+    blocks = {method: {gate: kinds & away} for method, kinds in calls.items() if kinds & away}
+    certain = {m: missing for m, missing in blocks.items() if getattr(owner, m, None) is not None or m == _DEEPCOPY}
     lookup = getattr(owner, "__getattr__", None)
-    may_delegate = lookup is not None and lookup is not torch.nn.Module.__getattr__  # that one finds no methods
-    return [
-        _Candidate(method, kinds & away, getattr(owner, method, None) is not None or method == _DEEPCOPY, may_delegate)
-        for method, kinds in calls.items()
-        if kinds & away
-    ]
+    return _Candidates(
+        certain,
+        {method: missing for method, missing in blocks.items() if method not in certain},
+        may_delegate=lookup is not None and lookup is not torch.nn.Module.__getattr__,  # that one finds no methods
+    )
+
+
+def _union(one: _Blocks, other: _Blocks, gate: _Gate) -> _Blocks:
+    """All that one or the other blocks, with the kinds of both."""
+    both = {method: {gate: one[method][gate] | other[method][gate]} for method in one.keys() & other.keys()}
+    return {**one, **other, **both}
 
 
 _NOTHING: frozenset[StateKind] = frozenset()
+_NOBODY: _Missing = {}
 
 
 class Blocked:
@@ -237,25 +263,33 @@ class Blocked:
 
     Attributes:
         before: the instance's own attribute of that name, which comes back at the end.
-        missing: the kinds that are away, by the gate of the guard that blocks.
+        missing: what is away. Shared by many, so it is replaced and never changed.
     """
 
     __slots__ = ("_method", "_owner", "before", "missing")
 
-    def __init__(self, owner: object, method: str, before: object) -> None:
+    def __init__(self, owner: object, method: str, before: object, missing: _Missing) -> None:
         self._owner = owner
         self._method = method
         self.before = before
-        self.missing: dict[_Gate, frozenset[StateKind]] = {}
+        self.missing = missing
+
+    def forget(self, gate: _Gate) -> None:
+        """Let go of it for one guard."""
+        missing = self.missing
+        if gate in missing:
+            is_alone = len(missing) == 1
+            self.missing = _NOBODY if is_alone else {each: missing[each] for each in missing if each is not gate}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._method in READING_CALLS and all(gate.is_read_here for gate in list(self.missing)):
+        if self._method in READING_CALLS and all(gate.is_read_here for gate in self.missing):
             return self._original()(*args, **kwargs)
-        errors = [gate.wait(kinds) for gate, kinds in list(self.missing.items())]
-        if not self.missing:  # all has arrived
+        errors = [gate.wait(kinds) for gate, kinds in self.missing.items()]
+        missing = self.missing
+        if not missing:  # all has arrived
             return self._original()(*args, **kwargs)
         what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
-        return _refuse(what, _NOTHING.union(*self.missing.values()), next(filter(None, errors), None))
+        return _refuse(what, _NOTHING.union(*missing.values()), next(filter(None, errors), None))
 
     def _original(self) -> Callable[..., Any]:
         """What stands where this stood; looked up past a wrapper that somebody may have put around this meanwhile."""

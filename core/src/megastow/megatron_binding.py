@@ -86,7 +86,7 @@ class MegatronBinding:
         add_dispatchers(inventory, modules)
         add_optimizer(inventory, self._optimizer)
         grads = inventory.group(StateKind.GRAD_BUFFERS, "gradients on parameters", keep=False)
-        collect.add_grads(grads, collect.parameters_of(modules))
+        collect.add_grads(grads, modules.parameters)
         return inventory
 
     def guarded_calls(self) -> Iterable[GuardedCalls]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megastow.collect import NamedModules, parameters_of
+from megastow.collect import NamedModules
 from megastow.errors import UnsupportedLayoutError
 from megastow.state import PLAIN_TYPES
 
@@ -38,7 +38,9 @@ def refuse(problems: Iterable[str]) -> None:
 
 def quantized_parameters(modules: NamedModules) -> Iterator[str]:
     """Parameters of Transformer Engine's tensor classes, whose bytes lie in tensors inside."""
-    for name, parameter in parameters_of(modules):
+    for name, parameter in modules.parameters:
+        if type(parameter) in PLAIN_TYPES:
+            continue  # and so is its `data`
         for tensor in (parameter, parameter.data):
             if type(tensor) not in PLAIN_TYPES:
                 found = ", ".join(sorted({base.__name__ for base in type(tensor).__mro__} & _QUANTIZED))
@@ -55,8 +57,9 @@ def captured_modules(modules: NamedModules) -> Iterator[str]:
     Mirrors megatron/core/transformer/transformer_block.py (`cuda_graphs`, 0.7 and later) and cuda_graphs.py (managers,
     0.9 and later).
     """
+    others: set[str] = set()
     for path, module in modules:
-        graphs = _captured_graphs(module)
+        graphs = _captured_graphs(module, others)
         if graphs:
             yield (
                 f"{graphs} of module {path or type(module).__name__} hold CUDA graphs, which were captured over the "
@@ -65,15 +68,26 @@ def captured_modules(modules: NamedModules) -> Iterator[str]:
             )
 
 
-def _captured_graphs(module: torch.nn.Module) -> str | None:
-    """The attributes of a module that hold captured graphs."""
+def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
+    """The attributes of a module that hold captured graphs.
+
+    Args:
+        module: the module.
+        others: names of attributes that hold none in any module; grows by those that are met, for most modules have no
+            other.
+    """
     found = []
     for attributes in (vars(module), module._modules):  # a manager may be an attribute or a registered submodule
+        if others.issuperset(list(attributes)):
+            continue
         for name, value in list(attributes.items()):
             if "cudagraph_manager" in name:
                 has_captured = any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
+            elif name == "cuda_graphs":
+                has_captured = bool(value)
             else:
-                has_captured = name == "cuda_graphs" and bool(value)
+                others.add(name)
+                continue
             if has_captured:
                 found.append(name)
     return " and ".join(found) or None

@@ -110,15 +110,18 @@ def add_optimizer(inventory: Inventory, optimizer: Any) -> None:
                 main.add(f"{prefix}.{attribute}[{index}]", tensor)
         inner = device_part(leaf.optimizer)
         if inner is not None:
-            collect.add_main_weights(main, inner, f"{prefix}.")
+            collect.add_main_weights(main, inner, f"{prefix}.", listed={id(tensor) for _, tensor in main.tensors})
             collect.add_optimizer_states(states, inner, f"{prefix}.")
     # A precision-aware optimizer keeps its main copies in the state dictionary.
-    main.tensors.extend(entry for entry in states.tensors if _is_main_copy(entry[0]))
-    states.tensors[:] = [entry for entry in states.tensors if not _is_main_copy(entry[0])]
+    main_copies = [entry for entry in states.tensors if _is_main_copy(entry[0])]
+    if main_copies:
+        main.tensors.extend(main_copies)
+        states.tensors[:] = [entry for entry in states.tensors if not _is_main_copy(entry[0])]
     grads = inventory.group(StateKind.GRAD_BUFFERS, "gradients on main weights", keep=False)
     collect.add_grads(grads, main.tensors)
     for name, tensor in main.tensors:
-        grads.add(f"{name}.decoupled_grad", getattr(tensor, "decoupled_grad", None))
+        if (grad := getattr(tensor, "decoupled_grad", None)) is not None:
+            grads.add(f"{name}.decoupled_grad", grad)
 
 
 def _is_main_copy(name: str) -> bool:

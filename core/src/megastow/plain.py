@@ -94,10 +94,10 @@ class PlainBinding:
         inventory = Inventory(self._device)
         modules = collect.named_modules(self._model)
         collect.add_modules(inventory, modules)
-        parameters: list[tuple[str, torch.Tensor]] = list(collect.parameters_of(modules))
+        parameters: list[tuple[str, torch.Tensor]] = list(modules.parameters)
         if self._optimizer is not None:
             main = inventory.group(StateKind.MAIN_WEIGHTS, "parameters that only the optimizer knows")
-            collect.add_main_weights(main, self._optimizer)
+            collect.add_main_weights(main, self._optimizer, listed={id(parameter) for _, parameter in parameters})
             states = inventory.group(StateKind.OPTIMIZER_STATES, "optimizer state")
             collect.add_optimizer_states(states, self._optimizer)
             parameters += main.tensors

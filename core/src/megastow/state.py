@@ -107,7 +107,7 @@ class TensorGroup:
         """
         if tensor is None:
             return
-        if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
+        if type(tensor) in PLAIN_TYPES and tensor.layout is _STRIDED:
             self.tensors.append((name, tensor))
         else:
             self.tensors.extend(_plain_tensors(name, tensor))
@@ -158,6 +158,7 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
     yield name, tensor
 
 
+_STRIDED = torch.strided
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 """The classes of tensors that are nothing but a view on a storage."""
 

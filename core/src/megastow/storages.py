@@ -96,23 +96,32 @@ def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Coll
         StateChangedError: a storage of `kinds` has no bytes, and it was not this manager that took them.
     """
     records: dict[int, StorageRecord] = {}
-    seen: set[int] = set()
-    for kind in ALL_KINDS:
-        for group in inventory.groups:
-            if group.kind is not kind:
-                continue
-            for name, tensor in group.tensors:
-                if tensor.device != inventory.device or tensor.numel() == 0:
+    known: dict[int, StorageRecord] = {}  # by identity of the tensor
+    last: StorageRecord | None = None
+    for group in sorted(inventory.groups, key=lambda group: ALL_KINDS.index(group.kind)):
+        keep, transient = group.keep, group.transient
+        for entry in group.tensors:
+            tensor = entry[1]
+            record = known.get(id(tensor))
+            if record is None:
+                if tensor.numel() == 0:
                     continue
                 storage = tensor.untyped_storage()
-                record = records.get(storage_id(storage))
-                if record is None:
-                    record = records[storage_id(storage)] = StorageRecord(storage, kind, group.keep, group.transient)
-                record.keep |= group.keep
-                record.transient &= group.transient
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    record.tensors.append((name, tensor))
+                record = last
+                if record is None or storage is not record.storage:  # what is packed mostly lies where the last one did
+                    if tensor.device != inventory.device:
+                        continue
+                    key = storage_id(storage)
+                    record = records.get(key)
+                    if record is None:
+                        record = records[key] = StorageRecord(storage, group.kind, keep, transient)
+                    last = record
+                record.tensors.append(entry)
+                known[id(tensor)] = record
+            if keep:
+                record.keep = True
+            if not transient:
+                record.transient = False
     found = [r for key, r in records.items() if r.kind in kinds and key not in away]
     for record in found:
         _check_movable(record)
@@ -120,6 +129,9 @@ def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Coll
 
 
 def _check_movable(record: StorageRecord) -> None:
+    is_shared = record.storage.device.type == "cpu" and record.storage.is_shared()
+    if record.nbytes and record.storage.resizable() and not is_shared:
+        return
     names = _some(record.names)
     if record.nbytes == 0:
         raise StateChangedError(
@@ -132,11 +144,10 @@ def _check_movable(record: StorageRecord) -> None:
             "from_numpy, frombuffer, a memory-mapped load or another foreign owner. Nothing was moved. Clone the "
             "tensor into memory of torch's own allocator before training"
         )
-    if record.storage.device.type == "cpu" and record.storage.is_shared():
-        raise UnsupportedTensorError(
-            f"the storage of {names} ({record.kind}) is shared with other processes; releasing it would not free it. "
-            "Nothing was moved. Clone the tensor into private memory"
-        )
+    raise UnsupportedTensorError(
+        f"the storage of {names} ({record.kind}) is shared with other processes; releasing it would not free it. "
+        "Nothing was moved. Clone the tensor into private memory"
+    )
 
 
 def _some(names: tuple[str, ...], most: int = 3) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megastow import megatron_layouts
-from megastow.collect import NamedModules, parameters_of
+from megastow.collect import NamedModules
 from megastow.megatron_parts import leaves
 
 
@@ -84,7 +84,7 @@ def _buffer_problems(index: int, chunk: Any) -> Iterator[str]:
 
 
 def _rematerialised_parameters(modules: NamedModules) -> Iterator[str]:
-    for name, parameter in parameters_of(modules):
+    for name, parameter in modules.parameters:
         if getattr(parameter, "is_gtp_weight_remat", False):  # tensor_parallel, 0.19
             yield f"parameter {name} is rematerialised from a weight cache (GTP). Turn GTP off"
 

@@ -160,10 +160,12 @@ class LeavesTheGuardBehind(Guard):
     refers to itself.
     """
 
-    def _unblock(self, slot: tuple[int, str]) -> None:
-        owner = self._blocked[slot][1]._owner
-        super()._unblock(slot)
-        if slot[1] == "forward":
+    def _unblock(self, owner_id: int, methods: Iterable[str]) -> None:
+        _, standing = self._blocked[owner_id]
+        released = {method: standing[method]._owner for method in methods}
+        super()._unblock(owner_id, released)
+        if "forward" in released:
+            owner = released["forward"]
             vars(owner)["forward"] = getattr(owner, "forward")  # noqa: B009
 
 
