@@ -472,7 +472,7 @@ def _stand_in_for_triton() -> None:
 
 
 def _compile_nothing() -> None:
-    """``torch.compile`` leaves functions as they are; its compiler takes seconds to import, and on a CPU gains nothing."""
+    """``torch.compile`` leaves functions as they are: its compiler takes seconds to import, for nothing on a CPU."""
     setattr(torch, "compile", lambda model=None, **kwargs: model or (lambda function: function))  # noqa: B010
 
 
