@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import importlib
 import logging
 import os
@@ -34,8 +33,7 @@ def load() -> Version:
     for module in ("parallel_state", "distributed", "optimizer", "models.gpt.gpt_layer_specs"):
         core_module(module)
     shim.post_import(version)
-    gc.collect()
-    gc.freeze()  # or every trainer's close() walks all of torch and Megatron again: 0.2 s each
+    shim.freeze_imports()
     return version
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import importlib
 import inspect
 import logging
@@ -46,8 +45,7 @@ def load() -> None:
     legacy_package.register_model()
     _ddp_class()
     _optimizers()
-    gc.collect()
-    gc.freeze()  # or every trainer's close() walks all of torch and Megatron again
+    shim.freeze_imports()
 
 
 init_distributed = harness.join
