@@ -383,6 +383,7 @@ class Engine:
     def close(self) -> None:
         """Give host memory back. What is parked is lost: tensors on it stay empty, and its kinds stay offloaded."""
         self._parked = {kind: [] for kind in self._parked}
+        self._last_places.clear()
         self._transport.settle()  # before the memory goes that an interrupted move may still use
         self._arena.close()
 

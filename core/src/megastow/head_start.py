@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megastow.digest import Digest
 from megastow.staging import StagedArrival
 from megastow.state import StateKind
-from megastow.tiers import Region
+from megastow.tiers import Region, Tier
 from megastow.transport import HostSlice
 
 
@@ -45,8 +45,18 @@ class LastPlaces:
         self._places: dict[StateKind, list[_Place]] = {}
 
     def remember(self, kind: StateKind, storages: Iterable[tuple[torch.UntypedStorage, HostSlice]]) -> None:
-        """Take note of all storages of a kind that were kept, instead of what was known of it."""
-        self._places[kind] = [_Place(StorageWeakRef(storage), host) for storage, host in storages]
+        """Take note of the storages of a kind that were kept, instead of what was known of it.
+
+        Only of those in page-locked memory: what copies go to by way of buffers is slower than any inventory, and a
+        file is not to be held open.
+        """
+        self._places[kind] = [
+            _Place(StorageWeakRef(storage), host) for storage, host in storages if host.region.tier is Tier.PINNED
+        ]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._places.clear()
 
     def recall(
         self, kinds: Collection[StateKind], is_ready: Callable[[Region], bool]

@@ -282,9 +282,9 @@ class HostArena:
             return region
 
     def is_ready(self, region: Region) -> bool:
-        """Whether a region is one of ours that the device may write to now, if nothing is kept in it."""
+        """Whether a region is one of ours that may be written to now, if nothing is kept in it."""
         with self._lock:
-            return region in self._regions.values() and region.tier is Tier.PINNED and not region.is_lent
+            return region in self._regions.values() and not region.is_lent
 
     def demoted(self) -> Mapping[Hashable, tuple[Tier, str]]:
         """The tier of each key that is not where it would be if there were room, and why."""

@@ -12,7 +12,9 @@ import torch
 from megastow.engine import Engine, Parked
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
+from megastow.head_start import Begun
 from megastow.host import HostArena
+from megastow.staging import StagedArrival
 from megastow.state import ALL_KINDS, Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, byte_view
 from megastow.tiers import Region
@@ -51,15 +53,19 @@ class ForgetsTheLastChunk(Transport):
 
 
 @breaks("failure", "training", because="after a fault there is nothing left to train on")
-class ReleasesAsItCopies(Transport):
+class ReleasesAsItCopies(Engine):
     """Gives each storage up as soon as its copy is made, before the others are: the move has no way back.
 
     Stands for vLLM's `cumem` allocator, which frees block by block.
     """
 
-    def copy_out(self, storage: torch.UntypedStorage, host: HostSlice) -> None:
-        super().copy_out(storage, host)
-        storage.resize_(0)
+    def _begin_as_last_time(self, *_details: Any) -> dict[int, Begun]:
+        return {}  # it begins when it knows what there is
+
+    def _copy_out(self, parked: Parked, *details: Any) -> StagedArrival:
+        arrival = super()._copy_out(parked, *details)
+        parked.storage.resize_(0)
+        return arrival
 
 
 @breaks("peak")
