@@ -81,6 +81,11 @@ class Permit(Protocol):
         """Whether it is worth trying again where an allocation has failed all the same."""
 
 
+Inspection = Callable[[frozenset[int]], None]
+"""Looks at the device when all that is kept has left it; given the identities of the storages that go without a copy,
+and are still there."""
+
+
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 _CLAIMING = process_lock()
 """All engines of the process, and what is held while one of them looks at what the others have."""
@@ -267,6 +272,7 @@ class Engine:
         *,
         keep_grads: bool,
         give_back: bool = True,
+        inspect: Inspection | None = None,
         ballot: Ballot = ALONE,
     ) -> dict[StateKind, KindReport]:
         """Move `kinds` to the host and release their device memory.
@@ -279,6 +285,7 @@ class Engine:
             kinds: what to move; kinds that are away already are passed over.
             keep_grads: copy gradient buffers too.
             give_back: hand the memory back to the driver; otherwise torch's allocator keeps it.
+            inspect: asked when there is nothing left to do but what cannot be undone. What it raises undoes the move.
             ballot: asked before what is not kept is dropped.
 
         Raises:
@@ -294,6 +301,8 @@ class Engine:
         unfinished = {kind: entries for kind, entries in unfinished.items() if entries}
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
+            if inspect is not None:
+                inspect(frozenset())
             return reports
         clock = _KindClock()
         with (
@@ -303,7 +312,8 @@ class Engine:
             records = self._pack(inventory, moving, keep_grads)
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, begun, clock, ballot)
+            leaving = {**plans, **{kind: self._parked[kind] for kind in unfinished}}
+            self._move_out(leaving, begun, clock, inspect, ballot)
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -499,6 +509,7 @@ class Engine:
         plans: Mapping[StateKind, list[Parked]],
         begun: Mapping[int, Begun],
         clock: _KindClock,
+        inspect: Inspection | None,
         ballot: Ballot,
     ) -> None:
         """Copy everything that is kept, unless that has begun, and release each storage when its bytes have arrived.
@@ -533,6 +544,10 @@ class Engine:
                     self._release(parked, arrival, clock)
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
+            if inspect is not None:
+                inspect(
+                    frozenset(storage_id(p.storage) for entries in plans.values() for p in entries if p.host is None)
+                )
             faults.point("offload.drop")
             ballot.confirm()
             self._drop(plans, clock)
