@@ -729,3 +729,11 @@ def test_what_the_driver_has_given_beside_the_allocator_is_told_by_moments():
         "since": 100,
     }
     assert beside_the_allocator(MemoryFigures(None, None, 7), {"context": MemoryFigures(None, None, 5)}) == {}
+
+
+def test_what_a_manager_refers_to_is_named_by_whoever_has_it(trainer, manager):
+    trainer.model.layers[0].cache = [leak()]
+    manager.offload()
+    assert named(manager.explain_residue()) == {
+        ("local", "trainer > Trainer.model > Net._modules['layers'] > ModuleList._modules['0'] > Linear.cache[0]")
+    }

@@ -84,13 +84,12 @@ class OwnerSearch:
             links: who holds what in C++.
             hidden: containers of ours that are no owners.
         """
-        frames = _running_frames()
+        frames, self._variables = _look_at_running_functions()
         self._met = met
         self._links = links
-        self._hidden = {id(met), *map(id, hidden), *map(id, frames)}
+        self._hidden = {id(met), *map(id, hidden), *frames}
         self._holders: dict[int, list[int]] = {}
         self._climbed: set[int] = set()
-        self._variables = _variables_by_value(frames)
         self._globals = _module_dictionaries()
 
     def find(self, targets: Collection[int]) -> dict[int, tuple[Owner, ...]]:
@@ -123,6 +122,8 @@ class OwnerSearch:
         for holder in gc.get_referrers(*held):
             if holder is not held and id(holder) not in self._hidden:
                 self._met[id(holder)] = holder
+                if _is_ours(holder):  # it has a way to everything, by the manager, and names nothing
+                    self._climbed.add(id(holder))
                 for key in {id(each) for each in gc.get_referents(holder)} & wanted:
                     self._holders.setdefault(key, []).append(id(holder))
         for key in keys:
@@ -179,7 +180,8 @@ class OwnerSearch:
         if key in self._variables:
             name, place = self._variables[key][0]
             return Owner("local", self._path(name, chain), place)
-        return Owner("object", self._path("", chain), f"nothing was found above the {_class_name(type(top))}")
+        place = "kept by megastow" if _is_ours(top) else f"nothing was found above the {_class_name(type(top))}"
+        return Owner("object", self._path("", chain), place)
 
     def _of_function(self, function: types.FunctionType, chain: Sequence[Any]) -> Owner:
         name = function.__qualname__
@@ -254,26 +256,28 @@ def _module_dictionaries() -> dict[int, str]:
     return found
 
 
-def _running_frames() -> list[types.FrameType]:
-    """The frames of all functions that are running, in every thread."""
-    found: list[types.FrameType] = []
-    for innermost in sys._current_frames().values():
-        frame: types.FrameType | None = innermost
+def _look_at_running_functions() -> tuple[set[int], dict[int, list[tuple[str, str]]]]:
+    """The frames of all functions that are running, in every thread, and what their local variables hold.
+
+    Holds no frame when it returns: one that is held by itself would stay, with all that it refers to.
+
+    Returns:
+        Identities of the frames; and identity of a value, to the variables that hold it: name, and which function's.
+        Variables of ours are left out.
+    """
+    frames: set[int] = set()
+    variables: dict[int, list[tuple[str, str]]] = {}
+    threads: list[types.FrameType | None] = list(sys._current_frames().values())
+    while threads:
+        frame = threads.pop()
         while frame is not None:
-            found.append(frame)
+            frames.add(id(frame))
+            if not frame.f_code.co_filename.startswith(_PACKAGE):
+                place = _place_of(frame)
+                for name, key in [(name, id(value)) for name, value in _variables_of(frame)]:
+                    variables.setdefault(key, []).append((name, place))
             frame = frame.f_back
-    return found
-
-
-def _variables_by_value(frames: Iterable[types.FrameType]) -> dict[int, list[tuple[str, str]]]:
-    """Identity of a value, to the local variables that hold it: name, and which function's. Ours are left out."""
-    found: dict[int, list[tuple[str, str]]] = {}
-    for frame in frames:
-        if not frame.f_code.co_filename.startswith(_PACKAGE):
-            place = _place_of(frame)
-            for name, value in _variables_of(frame):
-                found.setdefault(id(value), []).append((name, place))
-    return found
+    return frames, variables
 
 
 def _variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
@@ -377,6 +381,13 @@ def _own_dictionary(owner: Any) -> dict[str, Any] | None:
 def _bases(cls: type) -> tuple[type, ...]:
     found: tuple[type, ...] = type.__dict__["__mro__"].__get__(cls)
     return found
+
+
+def _is_ours(thing: object) -> bool:
+    return _class_attribute(type(thing), "__module__").startswith(_OUR_MODULES)
+
+
+_OUR_MODULES = f"{__name__.rpartition('.')[0]}."
 
 
 def _class_dictionary(cls: type) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,10 +258,11 @@ def explain(
 
     Takes a few garbage collections and up to forty passes over the objects of the process: seconds, if it is large.
     """
-    storages = _left_storages(subject, most_storages)
+    suspects = _garbage(subject, most_storages)
     gc.collect()  # nothing of ours holds the garbage any more
-    homes = _scan(subject.device).homes
-    left = {key: storage for key, storage in storages.items() if key in homes}
+    scan = _scan(subject.device)
+    homes, left = scan.homes, _describe(subject, scan, scan.homes, most_storages)
+    del scan
     tally = _tally(subject, homes, left)
     resident: Counter[StateKind] = Counter()
     for key in subject.resident.keys() & homes.keys():
@@ -269,7 +270,7 @@ def explain(
     return Residue(
         resident={kind: resident[kind] for kind in StateKind if kind in resident},
         storages=tuple(left.values()),
-        garbage=tuple(_as_garbage(storage) for key, storage in storages.items() if key not in homes),
+        garbage=tuple(_as_garbage(storage) for key, storage in suspects.items() if key not in homes),
         unseen=tally.unseen,
         segments=tally.segments,
         figures=subject.device.memory(),
@@ -361,23 +362,35 @@ def _get(name: str, tensor: torch.Tensor) -> Any:
     return vars(torch._C.TensorBase)[name].__get__(tensor)
 
 
-def _left_storages(subject: Subject, most_storages: int) -> dict[int, LeftStorage]:
-    """The residue that Python knows of, garbage included, the largest first."""
-    garbage = _collected()
-    scan = _scan(subject.device)
-    keys = [key for key in scan.homes if subject.is_left(key)]
-    keys.sort(key=lambda key: scan.homes[key].nbytes, reverse=True)
-    described = {key: [(each, _described(scan.things[each])) for each in scan.on[key]] for key in keys}
-    search = OwnerSearch(scan.things, scan.links, [garbage])
+def _describe(
+    subject: Subject, scan: _Scan, among: Iterable[int], most_storages: int, hidden: Iterable[object] = ()
+) -> dict[int, LeftStorage]:
+    """What is residue among some storages, and whose it is, the largest first. Uses the scan up."""
+    keys = sorted(filter(subject.is_left, among), key=lambda key: scan.homes[key].nbytes, reverse=True)
+    tensors = {key: [(each, _described(scan.things[each])) for each in scan.on[key]] for key in keys}
+    search = OwnerSearch(scan.things, scan.links, hidden)
     owners = search.find([each for key in keys[:most_storages] for each in scan.on[key][:_MOST_TENSORS]])
     return {
         key: LeftStorage(
             scan.homes[key].nbytes,
-            _worth_telling([dataclasses.replace(t, owners=owners.get(each, ())) for each, t in described[key]]),
+            _worth_telling([dataclasses.replace(t, owners=owners.get(each, ())) for each, t in tensors[key]]),
             subject.workspaces.get(key),
         )
         for key in keys
     }
+
+
+def _garbage(subject: Subject, most_storages: int) -> dict[int, LeftStorage]:
+    """What garbage holds, and what hangs in C++ on tensors that are garbage. It is gone after the next collection.
+
+    Told apart from the rest because whatever else garbage refers to would seem to be held by it.
+    """
+    garbage = _collected()
+    dead = {id(thing) for thing in garbage}
+    scan = _scan(subject.device)
+    dead |= {held for held, holders in scan.links.items() if dead.intersection(holder for holder, _ in holders)}
+    among = [key for key, things in scan.on.items() if dead.intersection(things)]
+    return _describe(subject, scan, among, most_storages, [garbage]) if among else {}
 
 
 _MOST_TENSORS = 8
