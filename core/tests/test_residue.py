@@ -16,12 +16,15 @@ from core_toys import KINDS, Trainer, assert_same, live_bytes, moved, places, sn
 
 from megastow import (
     InvalidArgumentError,
+    InvalidTypeError,
     ManagerClosedError,
     MemoryFigures,
     Residency,
     ResidueError,
     TransferError,
     create_memory_manager,
+    faults,
+    referrers,
 )
 from megastow import (
     manager as manager_module,
@@ -504,6 +507,16 @@ def test_no_code_of_others_runs(manager):
     del dead, hostile, subclass
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_told_by_its_elements(manager):
+    gc.collect()
+    kept = torch.nested.nested_tensor([torch.ones(4000), torch.ones(NUMBER - 4000)], layout=torch.strided)
+    manager.offload()
+    (storage,) = planted(manager.explain_residue())
+    assert [(t.shape, [o.path for o in t.owners]) for t in storage.tensors] == [((NUMBER,), ["kept"])]
+    del kept
+
+
 def test_a_wrapper_around_tensors_has_no_memory_of_its_own(manager):
     gc.collect()
     nested = torch.nested.nested_tensor([leak(), torch.ones(3)], layout=torch.jagged)
@@ -514,6 +527,53 @@ def test_a_wrapper_around_tensors_has_no_memory_of_its_own(manager):
     assert not any(t.type == "NestedTensor" for s in residue.storages for t in s.tensors)
     assert not planted(residue)
     del nested, sparse, meta
+
+
+def test_nothing_is_looked_at_unless_somebody_asks(trainer, manager, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the heap was looked at")
+
+    for name in ("get_objects", "get_referrers", "get_referents", "collect"):
+        monkeypatch.setattr(gc, name, never)
+    before = snapshot(trainer.tensors())
+    manager.offload(keep_grads=True)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    with pytest.raises(AssertionError, match="looked at"):
+        manager.explain_residue()
+
+
+def test_a_move_in_the_background_is_waited_for(manager):
+    go_on = threading.Event()
+    with faults.meddle("offload.drop", lambda: go_on.wait(60)):
+        handle = manager.offload(non_blocking=True)
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(manager.explain_residue()))
+        asking.start()
+        assert not answers
+        go_on.set()
+        asking.join(60)
+        handle.wait(60)
+    assert not answers[0].resident
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trainer_s_own_objects_may_be_frozen(trainer, manager, monkeypatch, kind):
+    """Where the collector does not show them, its memory is not that of strangers."""
+    manager.offload(kind)
+    here = storages(moved(trainer.tensors([k for k in KINDS if k != kind])))
+    blocks = [Block(s.data_ptr(), s.nbytes()) for s in live_storages(trainer) if s._cdata in here and s.nbytes()]
+    monkeypatch.setattr(manager._device, "segments", lambda: [Segment(1 << 20, False, False, tuple(blocks))])
+    gc.freeze()
+    residue = manager.explain_residue()
+    assert not residue.unseen
+    assert not residue.idle_bytes
+    assert sum(residue.resident.values()) == sum(here.values())
+    assert any("frozen" in note for note in residue.notes)
+
+
+def live_storages(trainer):
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in trainer.tensors().values()}.values()
 
 
 # --- strict ----------------------------------------------------------------------------------------------------------
@@ -551,6 +611,38 @@ def test_a_strict_offload_fails_restored_and_passes_when_the_leak_is_gone(traine
         {n: b for n, b in before.items() if not n.startswith("grad") or "grad_buffers" not in kinds},
         snapshot(trainer.tensors([k for k in KINDS if k != "grad_buffers" or k not in kinds])),
     )
+
+
+@pytest.mark.parametrize("options", [{"verify": "digest"}, {"host_memory": "disk"}], ids=str)
+def test_a_strict_offload_is_undone_whatever_it_went_to(trainer, tmp_path, options):
+    before = snapshot(trainer.tensors())
+    where = {"disk_folder": tmp_path} if "host_memory" in options else {}
+    with create_memory_manager(trainer.model, trainer.optimizer, bucket_bytes=4096, **options, **where) as manager:
+        with pytest.raises(ResidueError):
+            manager.offload(max_residue_bytes=0)
+        assert_same(before, snapshot(trainer.tensors()))
+        manager.offload(strict=True)
+
+
+def test_a_strict_block_is_not_entered_if_too_much_stays(trainer, manager):
+    before = snapshot(trainer.tensors())
+    with pytest.raises(ResidueError), manager.offloaded(max_residue_bytes=0):
+        pytest.fail("the block was entered")
+    assert_same(before, snapshot(trainer.tensors()))
+    with manager.offloaded("weights", strict=True):
+        assert manager.residency("weights") is Residency.OFFLOADED
+    assert_same(before, snapshot(trainer.tensors()))
+
+
+def test_an_error_that_is_kept_keeps_no_memory(trainer, manager):
+    with pytest.raises(ResidueError) as raised:
+        manager.offload(max_residue_bytes=0, non_blocking=True).wait(60)
+    gone = weakref.ref(trainer.model.frozen)
+    storage = torch.multiprocessing.reductions.StorageWeakRef(trainer.model.frozen.untyped_storage())
+    trainer.model.frozen = None
+    assert gone() is None
+    assert storage.expired()
+    del raised
 
 
 def test_a_trainer_goes_on_after_a_strict_offload_that_failed():
@@ -612,6 +704,10 @@ def test_an_impossible_number_is_refused_before_anything_moves(trainer, manager)
     where = places(trainer.tensors())
     with pytest.raises(InvalidArgumentError, match="max_residue_bytes is -1"):
         manager.offload(max_residue_bytes=-1)
+    with pytest.raises(InvalidTypeError, match="max_residue_bytes is a str"):
+        manager.offload(max_residue_bytes="64M")
+    with pytest.raises(InvalidArgumentError, match="most_storages is -1"):
+        manager.explain_residue(most_storages=-1)
     assert places(trainer.tensors()) == where
 
 
@@ -649,6 +745,16 @@ def test_owners_are_looked_for_as_far_as_asked(manager):
     assert planted(residue)[0].owners == ()
     assert "owners not looked for" in str(planted(residue)[0])
     del big, small
+
+
+def test_a_search_that_takes_too_long_claims_nothing(manager, monkeypatch):
+    manager.offload()
+    held = [leak()]
+    monkeypatch.setattr(referrers, "MOST_SECONDS", -1.0)
+    (storage,) = planted(manager.explain_residue())
+    assert storage.owners == ()
+    assert "owners not looked for" in str(storage)
+    del held
 
 
 def test_workspaces_are_named(manager, monkeypatch):

@@ -81,9 +81,9 @@ class Permit(Protocol):
         """Whether it is worth trying again where an allocation has failed all the same."""
 
 
-Inspection = Callable[[frozenset[int]], None]
-"""Looks at the device when all that is kept has left it; given the identities of the storages that go without a copy,
-and are still there."""
+Inspection = Callable[[Sequence[torch.UntypedStorage]], None]
+"""Looks at the device when all that is kept has left it; given the storages that are still there, and go without a
+copy when it is content."""
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -302,7 +302,7 @@ class Engine:
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
             if inspect is not None:
-                inspect(frozenset())
+                inspect(())
             return reports
         clock = _KindClock()
         with (
@@ -545,9 +545,7 @@ class Engine:
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
             if inspect is not None:
-                inspect(
-                    frozenset(storage_id(p.storage) for entries in plans.values() for p in entries if p.host is None)
-                )
+                inspect([p.storage for entries in plans.values() for p in entries if p.host is None])
             faults.point("offload.drop")
             ballot.confirm()
             self._drop(plans, clock)

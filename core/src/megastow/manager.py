@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -37,7 +37,7 @@ from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
-from megastow.residue import DEFAULT_RESIDUE_BYTES, DEFAULT_STORAGES, Residue, Subject, explain, measure
+from megastow.residue import DEFAULT_RESIDUE_BYTES, DEFAULT_STORAGES, Home, Residue, Subject, explain, measure
 from megastow.state import ALL_KINDS, ORDER_OF_USE, Inventory, KindLike, Residency, StateKind, parse_kinds
 from megastow.storages import list_storages, storage_id
 from megastow.tiers import HOST_MEMORY, HostMemory
@@ -322,15 +322,19 @@ class MemoryManager:
         process are in it. Waits for a move in the background, and does not synchronise with the device.
 
         Collects garbage: what only reference cycles held is told, and gone afterwards. Runs no code of the objects it
-        looks at, reads no tensor, and keeps nothing alive. Takes seconds in a large process.
+        looks at, reads no tensor, and keeps nothing alive. Takes seconds in a large process, for parts of which other
+        threads wait for the interpreter; a manager that is not asked does none of it.
 
         Args:
             most_storages: for how many storages owners are looked for, the largest ones.
 
         Raises:
+            InvalidArgumentError: `most_storages` is negative.
             UnsupportedLayoutError: state was found that cannot be moved.
             ManagerClosedError: the manager is closed.
         """
+        if most_storages < 0:
+            raise InvalidArgumentError(f"most_storages is {most_storages}; expected how many to look into")
         with self._exclusive():
             self._check_open()
             return explain(self._subject(), self._moments, most_storages=most_storages)
@@ -470,8 +474,9 @@ class MemoryManager:
             give_back: hand the memory back to the driver at the end. Without it, torch's allocator keeps it: for
                 another tenant of this process, which then has it faster.
             strict: undo the offload if more than `max_residue_bytes` would stay on the device beside the kinds that
-                are to be there; see `explain_residue`. Takes a look at every object of the process.
-            max_residue_bytes: what may stay; 64 MiB if only `strict` is said. A number alone means `strict`.
+                are to be there; see `explain_residue`. Looks at every object of the process (0.1 s for a million).
+            max_residue_bytes: what may stay, other tenants of the process included; 64 MiB if only `strict` is said. A
+                number alone means `strict`.
             non_blocking: return at once, and move in a thread of its own. The kinds are guarded from the return on.
                 Errors are raised by the handle's `wait`, and logged.
 
@@ -483,7 +488,7 @@ class MemoryManager:
             ResidueError: strict, and too much would stay; everything is on the device as it was, gradients included.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
-            InvalidArgumentError: no such kind, or a negative `max_residue_bytes`.
+            InvalidTypeError, InvalidArgumentError: no such kind, or `max_residue_bytes` is no number of bytes.
         """
         wanted = parse_kinds(kinds)
         inspect = self._inspection(strict, max_residue_bytes)
@@ -599,16 +604,23 @@ class MemoryManager:
         self._device.release_cached()
 
     @contextlib.contextmanager
-    def offloaded(self, *kinds: KindLike, keep_grads: bool = False) -> Iterator[TransferReport]:
+    def offloaded(
+        self,
+        *kinds: KindLike,
+        keep_grads: bool = False,
+        strict: bool = False,
+        max_residue_bytes: int | None = None,
+    ) -> Iterator[TransferReport]:
         """Offload for the length of a `with` block, and onload what it offloaded however the block ends.
 
-        What was away before the block stays away after it. An exception of the block is raised again after the onload;
-        if the onload fails too, its error is raised with the block's as context, and the state is still on the host.
+        Arguments are those of `offload`, whose errors keep the block from being entered. What was away before the block
+        stays away after it. An exception of the block is raised again after the onload; if the onload fails too, its
+        error is raised with the block's as context, and the state is still on the host.
 
         Yields:
             The report of the offload.
         """
-        report = self.offload(*kinds, keep_grads=keep_grads)
+        report = self.offload(*kinds, keep_grads=keep_grads, strict=strict, max_residue_bytes=max_residue_bytes)
         try:
             yield report
         finally:
@@ -863,32 +875,39 @@ class MemoryManager:
         size = "" if before is None or after is None else f": {format_bytes(before - after)}"
         return f"workspaces released ({', '.join([*names, 'those of torch'])}){size}"
 
-    def _subject(self, leaving: Collection[int] = ()) -> Subject:
+    def _subject(self, leaving: Sequence[torch.UntypedStorage] = ()) -> Subject:
         """What residue is asked about now: all but the kinds that are on the device and what is about to leave it."""
-        storages = list_storages(self._trainer.inventory())
-        resident = {key: record.kind for key, record in storages.items() if not self._engine.is_away(record.kind)}
-        workspaces = {
-            storage_id(tensor.untyped_storage()): workspace.name
-            for workspace in self._trainer.workspaces()
-            for tensor in workspace.tensors()
-        }
-        return Subject(self._device, resident, leaving, workspaces)
+        return Subject(
+            self._device,
+            {
+                key: (record.kind, Home.of(record.storage))
+                for key, record in list_storages(self._trainer.inventory()).items()
+                if not self._engine.is_away(record.kind)
+            },
+            {storage_id(storage): Home.of(storage) for storage in leaving},
+            {
+                storage_id(tensor.untyped_storage()): workspace.name
+                for workspace in self._trainer.workspaces()
+                for tensor in workspace.tensors()
+            },
+        )
 
     def _inspection(self, strict: bool, max_residue_bytes: int | None) -> Inspection | None:
         """What a strict offload asks before its last step; None if it is not strict.
 
         Raises:
-            InvalidArgumentError: a negative number of bytes.
+            InvalidTypeError: something else than a number of bytes.
+            InvalidArgumentError: a negative number.
         """
-        if max_residue_bytes is None:
-            if not strict:
-                return None
-            max_residue_bytes = DEFAULT_RESIDUE_BYTES
-        if max_residue_bytes < 0:
-            raise InvalidArgumentError(f"max_residue_bytes is {max_residue_bytes}; expected a number of bytes, or None")
-        most = max_residue_bytes
+        if max_residue_bytes is None and not strict:
+            return None
+        most = DEFAULT_RESIDUE_BYTES if max_residue_bytes is None else max_residue_bytes
+        if not isinstance(most, int):
+            raise InvalidTypeError(f"max_residue_bytes is a {type(most).__qualname__}; expected a number of bytes")
+        if most < 0:
+            raise InvalidArgumentError(f"max_residue_bytes is {most}; expected a number of bytes that may stay")
 
-        def inspect(leaving: frozenset[int]) -> None:
+        def inspect(leaving: Sequence[torch.UntypedStorage]) -> None:
             subject = self._subject(leaving)
             if measure(subject) <= most:
                 return

@@ -18,6 +18,7 @@ import gc
 import inspect
 import os
 import sys
+import time
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ MOST_HOPS = 40
 
 MOST_OBJECTS = 20_000
 """How many objects a search meets at most."""
+
+MOST_SECONDS = 20.0
+"""How long a search goes on at most, but for the hop that it is at. Other ranks may be waiting for this one."""
 
 MOST_OWNERS = 4
 """How many of those that hold an object are named; as many more may hold it."""
@@ -73,7 +77,11 @@ UNSEEN = Owner("unseen", "", "held by C++ (an autograd graph, or an extension), 
 
 
 class OwnerSearch:
-    """Looks for the owners of some objects. Each hop up is one pass over the heap: 0.1 s for a million objects."""
+    """Looks for the owners of some objects.
+
+    Each hop up is one pass over the heap, for all of them: 0.2 s for a million objects, or a second where hundreds are
+    asked after. The interpreter's lock is held for as long as a pass takes.
+    """
 
     def __init__(self, met: dict[int, Any], links: Links, hidden: Iterable[object] = ()) -> None:
         """Begin with nothing but the objects themselves.
@@ -93,10 +101,14 @@ class OwnerSearch:
         self._globals = _module_dictionaries()
 
     def find(self, targets: Collection[int]) -> dict[int, tuple[Owner, ...]]:
-        """The owners of each of `targets` (identities), the first few; `UNSEEN` alone if there are none."""
+        """The owners of each of `targets` (identities), the first few; `UNSEEN` alone if there are none.
+
+        None at all for those that a search that took too long has not come to.
+        """
+        deadline = time.monotonic() + MOST_SECONDS
         for _ in range(MOST_HOPS):
             ends = self._open_ends(targets)
-            if not ends or len(self._met) > MOST_OBJECTS:
+            if not ends or len(self._met) > MOST_OBJECTS or time.monotonic() > deadline:
                 break
             self._climb(ends[:_MOST_AT_A_TIME])
         return {target: self._owners(target) for target in targets}
@@ -160,7 +172,9 @@ class OwnerSearch:
         for holder in self._holders.get(target, ())[:MOST_OWNERS]:
             way, _ = self._way_up(holder, target)
             found.append(self._describe(way[0], [self._met[key] for key in way]))
-        return tuple(dict.fromkeys(found))[:MOST_OWNERS] or (UNSEEN,)
+        if not found and target in self._climbed:
+            return (UNSEEN,)
+        return tuple(dict.fromkeys(found))[:MOST_OWNERS]
 
     def _describe(self, key: int, chain: Sequence[Any]) -> Owner:
         """What is at the beginning of a chain in which each object holds the next, and the path from there."""
@@ -291,8 +305,8 @@ def _variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
     variables = frame.f_locals
     found = list(variables.items())
     is_snapshot = type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED
-    is_ours = sys.getrefcount(variables) <= _REFERENCES_TO_A_SNAPSHOT
-    if is_snapshot and is_ours and frame.f_trace is None and sys.gettrace() is None:
+    is_watched = frame.f_trace is not None or sys.gettrace() is not None
+    if is_snapshot and not is_watched and sys.getrefcount(variables) <= _REFERENCES_TO_A_SNAPSHOT:
         variables.clear()
     return found
 

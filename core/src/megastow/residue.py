@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ class LeftTensor:
         type: The name of its class; a storage that somebody keeps as such is one of uint8.
         dtype: Its dtype, without `torch.`.
         shape: Its shape.
-        owners: Who holds it, the first few; empty if nobody looked.
+        owners: Who holds it, the first few; empty if nobody looked, or not for long enough.
     """
 
     type: str
@@ -220,20 +220,37 @@ def beside_the_allocator(now: MemoryFigures, moments: Mapping[str, MemoryFigures
 
 
 @dataclass(frozen=True)
+class Home:
+    """Where a storage is."""
+
+    address: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, storage: torch.UntypedStorage) -> Home:
+        """Where it is now; holds nothing of it."""
+        return cls(storage.data_ptr(), storage.nbytes())
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What is asked about.
+    """What is asked about. Storages are given by identity, so that none is held.
 
     Attributes:
         device: The device.
-        resident: Storages of kinds that are on the device and may stay, by identity.
-        leaving: Storages that are about to be released, by identity.
-        workspaces: Storages of workspaces, by identity, and what they are.
+        resident: Storages of kinds that are on the device and may stay.
+        leaving: Storages that are about to be released.
+        workspaces: Storages of workspaces, and what they are.
     """
 
     device: Device
-    resident: Mapping[int, StateKind]
-    leaving: Collection[int] = ()
+    resident: Mapping[int, tuple[StateKind, Home]]
+    leaving: Mapping[int, Home] = field(default_factory=dict)
     workspaces: Mapping[int, str] = field(default_factory=dict)
+
+    def known(self) -> dict[int, Home]:
+        """The storages that are no residue, whether or not Python's collector shows who is on them."""
+        return {**{key: home for key, (_, home) in self.resident.items()}, **self.leaving}
 
     def is_left(self, key: int) -> bool:
         """Whether a storage is residue."""
@@ -243,9 +260,10 @@ class Subject:
 def measure(subject: Subject) -> int:
     """`residue_bytes` as it is now, without asking whose it is; garbage in reference cycles counts.
 
-    One pass over the objects of the process and one over the allocator's blocks; does not synchronise.
+    One pass over the objects of the process (0.1 s for a million) and one over the allocator's blocks; does not
+    synchronise.
     """
-    homes = _scan(subject.device).homes
+    homes = _scan(subject).homes
     tally = _tally(subject, homes, {})
     left = sum(home.nbytes for key, home in homes.items() if subject.is_left(key))
     return left + sum(tally.unseen) + sum(segment.idle_bytes for segment in tally.segments)
@@ -256,17 +274,18 @@ def explain(
 ) -> Residue:
     """Whose it is. Collects garbage, which runs finalizers; does not synchronise, and keeps nothing alive.
 
-    Takes a few garbage collections and up to forty passes over the objects of the process: seconds, if it is large.
+    Takes a few garbage collections, and one pass over the objects of the process for each hop up to an owner: seconds,
+    if it is large. See `referrers.MOST_SECONDS` for the limit.
     """
     suspects = _garbage(subject, most_storages)
     gc.collect()  # nothing of ours holds the garbage any more
-    scan = _scan(subject.device)
+    scan = _scan(subject)
     homes, left = scan.homes, _describe(subject, scan, scan.homes, most_storages)
     del scan
     tally = _tally(subject, homes, left)
     resident: Counter[StateKind] = Counter()
-    for key in subject.resident.keys() & homes.keys():
-        resident[subject.resident[key]] += homes[key].nbytes
+    for kind, home in subject.resident.values():
+        resident[kind] += home.nbytes
     return Residue(
         resident={kind: resident[kind] for kind in StateKind if kind in resident},
         storages=tuple(left.values()),
@@ -277,14 +296,6 @@ def explain(
         moments=moments,
         notes=tuple(_notes(subject.device, tally)),
     )
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where a storage is."""
-
-    address: int
-    nbytes: int
 
 
 @dataclass
@@ -299,14 +310,15 @@ class _Scan:
     """
 
     things: dict[int, Any] = field(default_factory=dict)
-    homes: dict[int, _Home] = field(default_factory=dict)
+    homes: dict[int, Home] = field(default_factory=dict)
     on: dict[int, list[int]] = field(default_factory=dict)
     links: dict[int, list[tuple[int, str]]] = field(default_factory=dict)
 
 
-def _scan(device: Device) -> _Scan:
+def _scan(subject: Subject) -> _Scan:
     """All tensors that Python has objects of, their gradients and bases, and storages that are kept as such."""
-    scan = _Scan()
+    device = subject.device
+    scan = _Scan(homes=subject.known())
     wanted = {id(cls) for cls in _with_subclasses(torch.Tensor, torch.UntypedStorage)}
     things = [thing for thing in gc.get_objects() if id(type(thing)) in wanted]
     with torch._C.DisableTorchFunction():
@@ -334,7 +346,7 @@ def _take(scan: _Scan, device: Device, thing: Any, storage: torch.UntypedStorage
     scan.things[id(thing)] = thing
     if storage is not None and device.is_home_of(storage) and storage.nbytes():
         with contextlib.suppress(RuntimeError):  # it belongs to a wrapper around other tensors, and has no memory
-            scan.homes[storage_id(storage)] = _Home(storage.data_ptr(), storage.nbytes())
+            scan.homes[storage_id(storage)] = Home.of(storage)
             scan.on.setdefault(storage_id(storage), []).append(id(thing))
 
 
@@ -387,7 +399,7 @@ def _garbage(subject: Subject, most_storages: int) -> dict[int, LeftStorage]:
     """
     garbage = _collected()
     dead = {id(thing) for thing in garbage}
-    scan = _scan(subject.device)
+    scan = _scan(subject)
     dead |= {held for held, holders in scan.links.items() if dead.intersection(holder for holder, _ in holders)}
     among = [key for key, things in scan.on.items() if dead.intersection(things)]
     return _describe(subject, scan, among, most_storages, [garbage]) if among else {}
@@ -408,14 +420,21 @@ def _described(thing: Any) -> LeftTensor:
     if not issubclass(type(thing), torch.Tensor):
         return LeftTensor(name, "uint8", (thing.nbytes(),))
     with torch._C.DisableTorchFunction():
-        return LeftTensor(name, str(_get("dtype", thing)).removeprefix("torch."), tuple(_get("shape", thing)))
+        return LeftTensor(name, str(_get("dtype", thing)).removeprefix("torch."), _shape_of(thing))
+
+
+def _shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    try:
+        return tuple(_get("shape", tensor))
+    except RuntimeError:  # a nested tensor has none
+        return (torch.Tensor.numel(tensor),)
 
 
 def _collected() -> list[Any]:
     """Collect garbage, and return it instead of freeing it. Finalizers have run; dropped, it is garbage once more."""
     flags, known = gc.get_debug(), len(gc.garbage)
-    gc.set_debug(flags | gc.DEBUG_SAVEALL)
     try:
+        gc.set_debug(flags | gc.DEBUG_SAVEALL)
         gc.collect()
     finally:
         gc.set_debug(flags)
@@ -450,7 +469,7 @@ class _Tally:
     segments: tuple[OpenSegment, ...]
 
 
-def _tally(subject: Subject, homes: Mapping[int, _Home], left: Mapping[int, LeftStorage]) -> _Tally:
+def _tally(subject: Subject, homes: Mapping[int, Home], left: Mapping[int, LeftStorage]) -> _Tally:
     """Compare the allocator's blocks with the storages that lie in them.
 
     Args:
