@@ -17,8 +17,9 @@ have the memory at once. If the move then fails, what was released is refilled; 
 taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them, and the next
 onload brings back what is missing.
 
-What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail; once the
-first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
+What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail, a strict
+offload's look at what would stay included; once the first byte of it is gone there is no way back, and an interruption
+then ends the move instead of undoing it.
 
 Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
 undone on all; one that all have confirmed is ended by each, as if the first byte were gone.

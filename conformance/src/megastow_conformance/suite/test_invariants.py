@@ -68,7 +68,6 @@ def test_released(conformance: Conformance) -> None:
     conformance.run(moves.released)
 
 
-@pytest.mark.megastow(scenarios={"toy_distopt", "toy_dense_distopt", "toy_plainopt", "gpt_distopt"})
 def test_residue(conformance: Conformance) -> None:
     conformance.run(residue.residue)
 
