@@ -129,8 +129,8 @@ class LooksWhenItIsTooLate(Engine):
     Stands for a check behind a move that cannot be undone any more.
     """
 
-    def _move_out(self, plans: Any, clock: Any, inspect: Any, ballot: Any) -> None:
-        super()._move_out(plans, clock, None, ballot)
+    def _move_out(self, plans: Any, begun: Any, clock: Any, inspect: Any, ballot: Any) -> None:
+        super()._move_out(plans, begun, clock, None, ballot)
         if inspect is not None:
             inspect(())
 
