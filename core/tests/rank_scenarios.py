@@ -17,6 +17,7 @@ from megastow import (
     ManagerClosedError,
     PeerError,
     Residency,
+    ResidueError,
     TransferError,
     create_memory_manager,
     faults,
@@ -189,6 +190,31 @@ def faults_of_an_offload_in_the_background():
 
 def interruptions_of_an_offload():
     _faults_out(KeyboardInterrupt, in_background=False)
+
+
+def what_one_rank_leaves_behind():
+    """A strict offload that leaves too much on one rank is undone on all, also where others are not strict."""
+    trainer, manager = make()
+    before = snapshot(trainer.tensors())
+    most = 0 if dist.get_rank() == 1 else None  # there is always something on the CPU
+    calls = (
+        lambda: manager.offload(max_residue_bytes=most),
+        lambda: manager.offload(max_residue_bytes=most, non_blocking=True).wait(),
+    )
+    for call in calls:
+        with pytest.raises((ResidueError, PeerError), match="would stay on the device") as raised:
+            call()
+        assert isinstance(raised.value, ResidueError if dist.get_rank() == 1 else PeerError)
+        assert_all(manager, Residency.RESIDENT)
+        assert_same(before, snapshot(trainer.tensors()))
+    manager.offload(strict=True)
+    assert_all(manager, Residency.OFFLOADED)
+    with pytest.raises((ResidueError, PeerError)):  # nothing to undo
+        manager.offload(max_residue_bytes=most)
+    assert_all(manager, Residency.OFFLOADED)
+    manager.onload()
+    assert_same({n: b for n, b in before.items() if not n.startswith("grad")}, snapshot(trainer.tensors(KEPT)))
+    manager.close()
 
 
 def faults_of_an_onload():

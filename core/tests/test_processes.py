@@ -58,7 +58,8 @@ def run(code):
 def test_a_forked_child_is_refused_and_its_parent_is_not():
     run("""
     def child():
-        for call in (manager.offload, manager.onload, manager.plan, manager.prepare, manager.wait, manager.close):
+        asked = manager.plan, manager.explain_residue
+        for call in (manager.offload, manager.onload, *asked, manager.prepare, manager.wait, manager.close):
             assert f"process {os.getppid()}" in expect(ForkedProcessError, call)
         expect(OffloadedError, trainer.model, None)
 

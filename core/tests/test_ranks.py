@@ -38,6 +38,7 @@ def ranks():
         "faults_of_an_offload",
         "faults_of_an_offload_in_the_background",
         "interruptions_of_an_offload",
+        "what_one_rank_leaves_behind",
         "faults_of_an_onload",
         "an_onload_in_the_background_stops_at_the_same_kind",
         "an_undoing_that_fails_on_one_rank",

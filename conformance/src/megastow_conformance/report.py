@@ -30,6 +30,7 @@ INVARIANTS = (
     "identity",
     "training",
     "released",
+    "residue",
     "peak",
     "host",
     "host_state",

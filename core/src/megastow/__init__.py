@@ -18,6 +18,7 @@ from megastow.errors import (
     OffloadedError,
     PeerError,
     ReadOnlyError,
+    ResidueError,
     StateChangedError,
     TransferError,
     UnsupportedLayoutError,
@@ -29,7 +30,9 @@ from megastow.manager import MemoryManager, create_memory_manager, create_traine
 from megastow.megatron import MegatronInfo, detect_megatron
 from megastow.plan import KindPlan, MovePlan
 from megastow.read_only import ReadOnlyTensor
+from megastow.referrers import Owner
 from megastow.report import KindReport, MemoryFigures, TransferReport
+from megastow.residue import LeftStorage, LeftTensor, OpenSegment, Residue
 from megastow.state import Residency, StateKind
 from megastow.swap import swap
 from megastow.tiers import Tier
@@ -52,6 +55,8 @@ __all__ = [
     "InvalidTypeError",
     "KindPlan",
     "KindReport",
+    "LeftStorage",
+    "LeftTensor",
     "ManagerClosedError",
     "MegastowError",
     "MegatronInfo",
@@ -60,10 +65,14 @@ __all__ = [
     "MovePlan",
     "NotOnHostError",
     "OffloadedError",
+    "OpenSegment",
+    "Owner",
     "PeerError",
     "ReadOnlyError",
     "ReadOnlyTensor",
     "Residency",
+    "Residue",
+    "ResidueError",
     "StateChangedError",
     "StateKind",
     "Tier",

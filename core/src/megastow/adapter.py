@@ -6,14 +6,14 @@ Megatron. `bind` gives the `BoundAdapter`, which knows one model and optimizer a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from megastow.guard import GuardedCalls
 from megastow.megatron import MegatronInfo
-from megastow.state import Inventory, StateKind
+from megastow.state import Inventory, StateKind, Workspace
 
 
 class BoundAdapter(Protocol):
@@ -53,12 +53,8 @@ class BoundAdapter(Protocol):
         """The calls that must not run while a kind is away."""
         ...
 
-    def workspaces(self) -> Iterable[tuple[str, Callable[[], object]]]:
-        """What is kept on the device for reuse, holds nothing that is needed, and comes back by itself.
-
-        Yields:
-            What it is, and what drops it.
-        """
+    def workspaces(self) -> Iterable[Workspace]:
+        """What is kept on the device for reuse, holds nothing that is needed, and comes back by itself."""
         ...
 
     def entrances(self) -> Sequence[torch.nn.Module]:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +54,31 @@ class Arrival(ABC):
         """Return when everything that was queued before it has arrived; errors of it surface here."""
 
 
+@dataclass(frozen=True)
+class Block:
+    """Memory that torch's allocator has handed out: address, and bytes as rounded by it."""
+
+    address: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Memory that torch's allocator has from the driver in one piece.
+
+    Attributes:
+        nbytes: its size.
+        is_expandable: whether what is unused of it can go back page by page.
+        is_private: whether it belongs to a pool of its own, as those of CUDA graphs.
+        blocks: what of it is handed out.
+    """
+
+    nbytes: int
+    is_expandable: bool
+    is_private: bool
+    blocks: tuple[Block, ...]
+
+
 class Device(ABC):
     """One accelerator. Methods synchronise with the device only where they say so."""
 
@@ -71,6 +100,18 @@ class Device(ABC):
     @abstractmethod
     def free_bytes(self) -> int | None:
         """Device memory that an allocation could get now, torch's own caches included; None if unknown."""
+
+    @abstractmethod
+    def segments(self) -> Sequence[Segment] | None:
+        """What torch's allocator holds, piece by piece; None where it cannot tell. Does not synchronise."""
+
+    @abstractmethod
+    def blas_workspace_bytes(self) -> int | None:
+        """The size of the workspace that torch gives to the BLAS library, one a stream; None if there is none."""
+
+    def is_home_of(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage takes memory of the device."""
+        return storage.device == self.torch_device
 
     @abstractmethod
     def release_cached(self) -> None:
@@ -164,6 +205,16 @@ class CpuDevice(Device):
 
     def free_bytes(self) -> int | None:
         return machine.host_limits().available_bytes
+
+    def segments(self) -> Sequence[Segment] | None:
+        return None
+
+    def blas_workspace_bytes(self) -> int | None:
+        return None
+
+    def is_home_of(self, storage: torch.UntypedStorage) -> bool:
+        """Host memory is what torch did not allocate: a manager's, NumPy's, a file's."""
+        return super().is_home_of(storage) and storage.resizable()
 
     def release_cached(self) -> None:
         pass
@@ -260,6 +311,27 @@ class CudaDevice(Device):
         stats = torch.cuda.memory_stats_as_nested_dict(self.torch_device)
         return stats["allocated_bytes"]["all"]["current"], stats["reserved_bytes"]["all"]["current"]
 
+    def segments(self) -> Sequence[Segment] | None:
+        if torch.cuda.get_allocator_backend() != "native":
+            return None
+        return [
+            Segment(
+                segment["total_size"],
+                bool(segment.get("is_expandable")),
+                tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0),
+                tuple(_handed_out(segment)),
+            )
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == self.torch_device.index
+        ]
+
+    def blas_workspace_bytes(self) -> int | None:
+        asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+        if asked:
+            return sum(int(kib) * int(count) for kib, count in asked) << 10
+        major, _ = torch.cuda.get_device_capability(self.torch_device)
+        return 32 << 20 if major >= 9 else (8 << 20) + (128 << 10)
+
     def release_cached(self) -> None:
         with torch.cuda.device(self.torch_device):
             torch.cuda.empty_cache()
@@ -340,6 +412,15 @@ class CudaDevice(Device):
             return None
         domain, bus, slot = parts
         return machine.pci_numa_node(f"{domain:04x}:{bus:02x}:{slot:02x}.0")
+
+
+def _handed_out(segment: dict[str, Any]) -> Iterator[Block]:
+    """The blocks of a segment, in the order in which they lie, that somebody has at present."""
+    address = segment["address"]
+    for block in segment["blocks"]:
+        if block["state"] == "active_allocated":
+            yield Block(address, block["size"])
+        address += block["size"]
 
 
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process

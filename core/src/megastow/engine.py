@@ -17,8 +17,9 @@ have the memory at once. If the move then fails, what was released is refilled; 
 taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them, and the next
 onload brings back what is missing.
 
-What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail; once the
-first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
+What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail, a strict
+offload's look at what would stay included; once the first byte of it is gone there is no way back, and an interruption
+then ends the move instead of undoing it.
 
 Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
 undone on all; one that all have confirmed is ended by each, as if the first byte were gone.
@@ -79,6 +80,11 @@ class Permit(Protocol):
 
     def may_wait(self) -> bool:
         """Whether it is worth trying again where an allocation has failed all the same."""
+
+
+Inspection = Callable[[Sequence[torch.UntypedStorage]], None]
+"""Looks at the device when all that is kept has left it; given the storages that are still there, and go without a
+copy when it is content."""
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -267,6 +273,7 @@ class Engine:
         *,
         keep_grads: bool,
         give_back: bool = True,
+        inspect: Inspection | None = None,
         ballot: Ballot = ALONE,
     ) -> dict[StateKind, KindReport]:
         """Move `kinds` to the host and release their device memory.
@@ -279,6 +286,7 @@ class Engine:
             kinds: what to move; kinds that are away already are passed over.
             keep_grads: copy gradient buffers too.
             give_back: hand the memory back to the driver; otherwise torch's allocator keeps it.
+            inspect: asked when there is nothing left to do but what cannot be undone. What it raises undoes the move.
             ballot: asked before what is not kept is dropped.
 
         Raises:
@@ -294,6 +302,8 @@ class Engine:
         unfinished = {kind: entries for kind, entries in unfinished.items() if entries}
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
+            if inspect is not None:
+                inspect(())
             return reports
         clock = _KindClock()
         with (
@@ -303,7 +313,8 @@ class Engine:
             records = self._pack(inventory, moving, keep_grads)
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, begun, clock, ballot)
+            leaving = {**plans, **{kind: self._parked[kind] for kind in unfinished}}
+            self._move_out(leaving, begun, clock, inspect, ballot)
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -500,6 +511,7 @@ class Engine:
         plans: Mapping[StateKind, list[Parked]],
         begun: Mapping[int, Begun],
         clock: _KindClock,
+        inspect: Inspection | None,
         ballot: Ballot,
     ) -> None:
         """Copy everything that is kept, unless that has begun, and release each storage when its bytes have arrived.
@@ -534,6 +546,8 @@ class Engine:
                     self._release(parked, arrival, clock)
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
+            if inspect is not None:
+                inspect([p.storage for entries in plans.values() for p in entries if p.host is None])
             faults.point("offload.drop")
             ballot.confirm()
             self._drop(plans, clock)

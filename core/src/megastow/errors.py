@@ -9,6 +9,10 @@ itself are `assert` statements, not errors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megastow.residue import Residue
 
 
 class MegastowError(Exception):
@@ -90,6 +94,20 @@ class PeerError(TransferError):
 
 class HostMemoryError(TransferError, MemoryError):
     """Host memory does not suffice for what an offload has to keep, or could not be page-locked."""
+
+
+class ResidueError(TransferError):
+    """A strict offload would have left more on the device than it may; everything is back where it was.
+
+    Attributes:
+        residue: what would have stayed, and whose it is.
+        max_residue_bytes: what may stay.
+    """
+
+    def __init__(self, message: str, *, residue: Residue, max_residue_bytes: int) -> None:
+        super().__init__(message)
+        self.residue = residue
+        self.max_residue_bytes = max_residue_bytes
 
 
 class DeviceMemoryError(TransferError, MemoryError):

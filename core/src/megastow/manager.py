@@ -20,7 +20,7 @@ from megastow.adapter import BoundAdapter
 from megastow.agreement import ALONE, DEFAULT_AGREE_SECONDS, Agreement, Ballot, Call, agreement_of
 from megastow.device import device_for
 from megastow.disk import DiskFolder
-from megastow.engine import DEFAULT_BUCKET_BYTES, Engine
+from megastow.engine import DEFAULT_BUCKET_BYTES, Engine, Inspection
 from megastow.errors import (
     ForkedProcessError,
     InvalidArgumentError,
@@ -28,6 +28,7 @@ from megastow.errors import (
     ManagerClosedError,
     NotOnHostError,
     OffloadedError,
+    ResidueError,
 )
 from megastow.guard import Guard
 from megastow.handle import DEFAULT_WINDOW_BYTES, MemoryPermit, TransferHandle
@@ -36,7 +37,9 @@ from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
+from megastow.residue import DEFAULT_RESIDUE_BYTES, DEFAULT_STORAGES, Home, Residue, Subject, explain, measure
 from megastow.state import ALL_KINDS, ORDER_OF_USE, Inventory, KindLike, Residency, StateKind, parse_kinds
+from megastow.storages import list_storages, storage_id
 from megastow.tiers import HOST_MEMORY, HostMemory
 from megastow.transport import DEFAULT_CHUNK_BYTES
 
@@ -265,6 +268,7 @@ class MemoryManager:
         self._closed = False
         self._discarded = False  # from the begin of a close that brings nothing back, however it ends
         self._pid = os.getpid()
+        self._moments = {"until the manager was made": self._device.memory()}
         self._engine.find(trainer.inventory(), ALL_KINDS)  # refuse now what could not be moved later
         self._guard.watch_backward(trainer.entrances())
 
@@ -309,6 +313,31 @@ class MemoryManager:
         with self._exclusive():
             self._check_open()
             return self._engine.plan(self._trainer.inventory(), wanted, keep_grads=keep_grads)
+
+    def explain_residue(self, *, most_storages: int = DEFAULT_STORAGES) -> Residue:
+        """Who owns device memory now, beside the kinds that are on the device: for a look after an offload.
+
+        Tensors by owner, however they are held; workspaces; the allocator's segments that they hold open; what no
+        tensor of Python accounts for; and what the driver has given out beside torch's allocator. All tenants of this
+        process are in it. Waits for a move in the background, and does not synchronise with the device.
+
+        Collects garbage: what only reference cycles held is told, and gone afterwards. Runs no code of the objects it
+        looks at, reads no tensor, and keeps nothing alive. Takes seconds in a large process, for parts of which other
+        threads wait for the interpreter; a manager that is not asked does none of it.
+
+        Args:
+            most_storages: for how many storages owners are looked for, the largest ones.
+
+        Raises:
+            InvalidArgumentError: `most_storages` is negative.
+            UnsupportedLayoutError: state was found that cannot be moved.
+            ManagerClosedError: the manager is closed.
+        """
+        if most_storages < 0:
+            raise InvalidArgumentError(f"most_storages is {most_storages}; expected how many to look into")
+        with self._exclusive():
+            self._check_open()
+            return explain(self._subject(), self._moments, most_storages=most_storages)
 
     # --- state while away ----------------------------------------------------------------------------------------
 
@@ -405,6 +434,8 @@ class MemoryManager:
         keep_grads: bool = False,
         release_workspaces: bool = False,
         give_back: bool = True,
+        strict: bool = False,
+        max_residue_bytes: int | None = None,
         non_blocking: Literal[False] = False,
     ) -> TransferReport: ...
 
@@ -415,6 +446,8 @@ class MemoryManager:
         keep_grads: bool = False,
         release_workspaces: bool = False,
         give_back: bool = True,
+        strict: bool = False,
+        max_residue_bytes: int | None = None,
         non_blocking: Literal[True],
     ) -> TransferHandle: ...
 
@@ -424,6 +457,8 @@ class MemoryManager:
         keep_grads: bool = False,
         release_workspaces: bool = False,
         give_back: bool = True,
+        strict: bool = False,
+        max_residue_bytes: int | None = None,
         non_blocking: bool = False,
     ) -> TransferReport | TransferHandle:
         """Copy kinds to host memory and release their device memory; all kinds if none is named.
@@ -438,6 +473,10 @@ class MemoryManager:
                 the next step makes it anew.
             give_back: hand the memory back to the driver at the end. Without it, torch's allocator keeps it: for
                 another tenant of this process, which then has it faster.
+            strict: undo the offload if more than `max_residue_bytes` would stay on the device beside the kinds that
+                are to be there; see `explain_residue`. Looks at every object of the process (0.1 s for a million).
+            max_residue_bytes: what may stay, other tenants of the process included; 64 MiB if only `strict` is said. A
+                number alone means `strict`.
             non_blocking: return at once, and move in a thread of its own. The kinds are guarded from the return on.
                 Errors are raised by the handle's `wait`, and logged.
 
@@ -446,10 +485,13 @@ class MemoryManager:
             UnsupportedLayoutError: state was found that cannot be moved; nothing was moved.
             StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved.
             AgreementError: with `group`, ranks made different calls; nothing was moved.
+            ResidueError: strict, and too much would stay; everything is on the device as it was, gradients included.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
+            InvalidTypeError, InvalidArgumentError: no such kind, or `max_residue_bytes` is no number of bytes.
         """
         wanted = parse_kinds(kinds)
+        inspect = self._inspection(strict, max_residue_bytes)
 
         def act(move: _Move) -> None:
             moving = [k for k in wanted if not self._engine.is_away(k)]
@@ -464,7 +506,7 @@ class MemoryManager:
                 return self._trainer.inventory()
 
             reports = self._engine.offload(
-                inventory, wanted, keep_grads=keep_grads, give_back=give_back, ballot=move.ballot
+                inventory, wanted, keep_grads=keep_grads, give_back=give_back, inspect=inspect, ballot=move.ballot
             )
             move.kinds.update(reports)
             move.notes.extend(self._engine.tier_notes(moving))
@@ -562,16 +604,23 @@ class MemoryManager:
         self._device.release_cached()
 
     @contextlib.contextmanager
-    def offloaded(self, *kinds: KindLike, keep_grads: bool = False) -> Iterator[TransferReport]:
+    def offloaded(
+        self,
+        *kinds: KindLike,
+        keep_grads: bool = False,
+        strict: bool = False,
+        max_residue_bytes: int | None = None,
+    ) -> Iterator[TransferReport]:
         """Offload for the length of a `with` block, and onload what it offloaded however the block ends.
 
-        What was away before the block stays away after it. An exception of the block is raised again after the onload;
-        if the onload fails too, its error is raised with the block's as context, and the state is still on the host.
+        Arguments are those of `offload`, whose errors keep the block from being entered. What was away before the block
+        stays away after it. An exception of the block is raised again after the onload; if the onload fails too, its
+        error is raised with the block's as context, and the state is still on the host.
 
         Yields:
             The report of the offload.
         """
-        report = self.offload(*kinds, keep_grads=keep_grads)
+        report = self.offload(*kinds, keep_grads=keep_grads, strict=strict, max_residue_bytes=max_residue_bytes)
         try:
             yield report
         finally:
@@ -817,14 +866,62 @@ class MemoryManager:
         """Drop what is kept on the device for reuse; a note for the report."""
         before = self._device.memory().allocated_bytes
         names = []
-        for name, clear in self._trainer.workspaces():
-            clear()
-            names.append(name)
+        for workspace in self._trainer.workspaces():
+            workspace.drop()
+            names.append(workspace.name)
         self._device.release_workspaces()
         self._device.release_cached()
         after = self._device.memory().allocated_bytes
         size = "" if before is None or after is None else f": {format_bytes(before - after)}"
         return f"workspaces released ({', '.join([*names, 'those of torch'])}){size}"
+
+    def _subject(self, leaving: Sequence[torch.UntypedStorage] = ()) -> Subject:
+        """What residue is asked about now: all but the kinds that are on the device and what is about to leave it."""
+        return Subject(
+            self._device,
+            {
+                key: (record.kind, Home.of(record.storage))
+                for key, record in list_storages(self._trainer.inventory()).items()
+                if not self._engine.is_away(record.kind)
+            },
+            {storage_id(storage): Home.of(storage) for storage in leaving},
+            {
+                storage_id(tensor.untyped_storage()): workspace.name
+                for workspace in self._trainer.workspaces()
+                for tensor in workspace.tensors()
+            },
+        )
+
+    def _inspection(self, strict: bool, max_residue_bytes: int | None) -> Inspection | None:
+        """What a strict offload asks before its last step; None if it is not strict.
+
+        Raises:
+            InvalidTypeError: something else than a number of bytes.
+            InvalidArgumentError: a negative number.
+        """
+        if max_residue_bytes is None and not strict:
+            return None
+        most = DEFAULT_RESIDUE_BYTES if max_residue_bytes is None else max_residue_bytes
+        if not isinstance(most, int):
+            raise InvalidTypeError(f"max_residue_bytes is a {type(most).__qualname__}; expected a number of bytes")
+        if most < 0:
+            raise InvalidArgumentError(f"max_residue_bytes is {most}; expected a number of bytes that may stay")
+
+        def inspect(leaving: Sequence[torch.UntypedStorage]) -> None:
+            subject = self._subject(leaving)
+            if measure(subject) <= most:
+                return
+            residue = explain(subject, self._moments)  # without the garbage it may be little enough
+            if residue.residue_bytes > most:
+                raise ResidueError(
+                    f"{format_bytes(residue.residue_bytes)} would stay on the device, and no more than "
+                    f"{format_bytes(most)} may. Everything is where it was. Let go of what is named here, "
+                    f"or allow for it with max_residue_bytes:\n{residue}",
+                    residue=residue,
+                    max_residue_bytes=most,
+                )
+
+        return inspect
 
     def _finish_preparing(self) -> None:
         """Wait for a preparation under way; what failed it fails the move that needs the memory, if it still does."""

@@ -6,7 +6,7 @@ optimizers keep, and gradients outside the buffers. Only the first differs betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from megastow.megatron_parts import (
     unwrap,
     workspaces,
 )
-from megastow.state import Inventory, StateKind
+from megastow.state import Inventory, StateKind, Workspace
 
 
 class MegatronBinding:
@@ -97,7 +97,7 @@ class MegatronBinding:
         yield from self.buffer_calls()
         yield from optimizer_calls(self._optimizer)
 
-    def workspaces(self) -> Iterable[tuple[str, Callable[[], object]]]:
+    def workspaces(self) -> Iterable[Workspace]:
         """See `megatron_parts.workspaces`."""
         return workspaces()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from megastow import collect
 from megastow.errors import TransferError
 from megastow.guard import COPY_METHODS, GuardedCalls, call_table
 from megastow.plain import TORCH_OPTIMIZER_CALLS
-from megastow.state import ALL_KINDS, Inventory, StateKind
+from megastow.state import ALL_KINDS, Inventory, StateKind, Workspace
 
 _W, _M, _S, _G = StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES, StateKind.GRAD_BUFFERS
 
@@ -183,8 +183,8 @@ _OPTIMIZER_CALLS = call_table(
 # --- workspaces -------------------------------------------------------------------------------------------------------
 
 
-def workspaces() -> Iterator[tuple[str, Callable[[], object]]]:
-    """What Megatron and Transformer Engine keep in this process for reuse, and what drops it.
+def workspaces() -> Iterator[Workspace]:
+    """What Megatron and Transformer Engine keep in this process for reuse.
 
     Megatron's global memory buffer (megatron/core/parallel_state.py, 0.2 to 0.19; `GlobalMemoryBuffer` asks for each
     entry whether it is there). Transformer Engine's dummy gradients and cuBLAS workspaces (pytorch/module/base.py of
@@ -193,14 +193,23 @@ def workspaces() -> Iterator[tuple[str, Callable[[], object]]]:
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     buffer = getattr(getattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", None), "buffer", None)
     if buffer:
-        yield "Megatron's global memory buffer", buffer.clear
+        yield Workspace("Megatron's global memory buffer", partial(_tensors_in, buffer), buffer.clear)
     engine = sys.modules.get("transformer_engine.pytorch.module.base")
     for name in ("_dummy_wgrads", "_multi_stream_cublas_workspace"):
         kept = getattr(engine, name, None)
         if kept:
-            yield f"Transformer Engine's {name}", kept.clear
-    if getattr(engine, "_cublas_workspace", None) is not None:
-        yield "Transformer Engine's _cublas_workspace", partial(setattr, engine, "_cublas_workspace", None)
+            yield Workspace(f"Transformer Engine's {name}", partial(_tensors_in, kept), kept.clear)
+    name = "_cublas_workspace"
+    if getattr(engine, name, None) is not None:
+        yield Workspace(
+            f"Transformer Engine's {name}",
+            lambda: _tensors_in(getattr(engine, name)),
+            partial(setattr, engine, name, None),
+        )
+
+
+def _tensors_in(kept: Any) -> list[torch.Tensor]:
+    return [tensor for _, tensor in nested("", kept) if isinstance(tensor, torch.Tensor)]
 
 
 # --- work in flight ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ from megastow import collect
 from megastow.errors import UnsupportedLayoutError
 from megastow.guard import COPY_METHODS, GuardedCalls, call_table, module_calls
 from megastow.megatron import MegatronInfo
-from megastow.state import ALL_KINDS, Inventory, StateKind
+from megastow.state import ALL_KINDS, Inventory, StateKind, Workspace
 
 _SHARDING_WRAPPERS = {"FullyShardedDataParallel", "FSDPModule"}
 
@@ -113,7 +113,7 @@ class PlainBinding:
         if self._optimizer is not None:
             yield GuardedCalls(self._optimizer, TORCH_OPTIMIZER_CALLS)
 
-    def workspaces(self) -> Iterable[tuple[str, Callable[[], object]]]:
+    def workspaces(self) -> Iterable[Workspace]:
         """None but torch's own."""
         return ()
 

@@ -6,8 +6,9 @@ This is the bottom layer. It knows tensors, but not how they move.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -129,6 +130,20 @@ class Inventory:
         group = TensorGroup(kind, label, keep, transient)
         self.groups.append(group)
         return group
+
+
+class Workspace(NamedTuple):
+    """Memory that a library keeps on the device for reuse, that holds nothing needed, and that comes back by itself.
+
+    Attributes:
+        name: what it is, for people.
+        tensors: finds its tensors.
+        drop: lets go of them.
+    """
+
+    name: str
+    tensors: Callable[[], Iterable[torch.Tensor]]
+    drop: Callable[[], object]
 
 
 def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -95,6 +95,14 @@ def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Coll
         UnsupportedTensorError: a storage of `kinds` cannot be resized.
         StateChangedError: a storage of `kinds` has no bytes, and it was not this manager that took them.
     """
+    found = [r for key, r in list_storages(inventory).items() if r.kind in kinds and key not in away]
+    for record in found:
+        _check_movable(record)
+    return found
+
+
+def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
+    """All distinct device storages of an inventory by identity, unchecked, each with the first kind that claims it."""
     records: dict[int, StorageRecord] = {}
     known: dict[int, StorageRecord] = {}  # by identity of the tensor
     last: StorageRecord | None = None
@@ -122,10 +130,7 @@ def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Coll
                 record.keep = True
             if not transient:
                 record.transient = False
-    found = [r for key, r in records.items() if r.kind in kinds and key not in away]
-    for record in found:
-        _check_movable(record)
-    return found
+    return records
 
 
 def _check_movable(record: StorageRecord) -> None:

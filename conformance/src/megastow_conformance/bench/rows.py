@@ -15,6 +15,7 @@ import torch
 from megastow import TransferHandle, create_memory_manager
 from megastow import swap as swap_places
 from megastow.report import format_bytes
+from megastow.residue import beside_the_allocator
 from megastow_conformance.bench import baselines
 from megastow_conformance.bench.registry import NotAvailable, row
 from megastow_conformance.bench.result import Figure, Goal, Spread, Unit
@@ -146,14 +147,13 @@ def residue(session: Session) -> Iterator[Figure]:
         session.note("there is no allocator to ask; what Python and Megatron themselves took since is part of it")
         return
     yield _memory("reserved", after.reserved_bytes, seconds)
-    context, nccl = (session.memory[moment].driver_bytes for moment in ("context", "first collective"))
     yield _memory("driver", after.driver_bytes)
-    parts = {
-        "context and other processes": context,
-        "NCCL's first communicator": nccl - context,
-        "torch's allocator": after.reserved_bytes,
-        "other communicators and modules loaded since": after.driver_bytes - nccl - after.reserved_bytes,
+    moments = {
+        "context and other processes": session.memory["context"],
+        "NCCL's first communicator": session.memory["first collective"],
     }
+    parts = {"torch's allocator": after.reserved_bytes, **beside_the_allocator(after, moments)}
+    parts["other communicators and modules loaded since"] = parts.pop("since")
     session.note(", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items()))
 
 

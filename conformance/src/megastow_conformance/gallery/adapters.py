@@ -26,7 +26,10 @@ def _forget(inventory: Inventory, is_forgotten: Callable[[str, torch.Tensor], bo
     return inventory
 
 
-@breaks("released")
+_STILL_THERE = "what stays is there for whoever looks, and for whoever asks whose it is"
+
+
+@breaks("released", "residue", because=_STILL_THERE)
 class ForgetsExpertBuffers(MegatronBinding):
     """Knows `buffers` and not `expert_parallel_buffers`, so the gradients of experts stay on the device.
 
@@ -39,7 +42,7 @@ class ForgetsExpertBuffers(MegatronBinding):
         return _forget(super().inventory(), lambda _, t: t.untyped_storage().data_ptr() in storages)
 
 
-@breaks("released")
+@breaks("released", "residue", because=_STILL_THERE)
 class ForgetsTheSecondMoment(MegatronBinding):
     """Moves `exp_avg` and leaves `exp_avg_sq`: four bytes a parameter stay on the device.
 
@@ -50,7 +53,7 @@ class ForgetsTheSecondMoment(MegatronBinding):
         return _forget(super().inventory(), lambda name, _: name.endswith("['exp_avg_sq']"))
 
 
-@breaks("released")
+@breaks("released", "residue", because=_STILL_THERE)
 class ForgetsFrozenParameters(MegatronBinding):
     """Lists what lies in gradient buffers: parameters that are not trained lie in none, and stay.
 

@@ -128,6 +128,19 @@ class LeaksAHostBuffer(HostArena):
         return super().reserve(key, nbytes)
 
 
+@breaks("residue")
+class LooksWhenItIsTooLate(Engine):
+    """Asks what is left when everything has gone, gradients included, which nothing brings back.
+
+    Stands for a check behind a move that cannot be undone any more.
+    """
+
+    def _move_out(self, plans: Any, begun: Any, clock: Any, inspect: Any, ballot: Any) -> None:
+        super()._move_out(plans, begun, clock, None, ballot)
+        if inspect is not None:
+            inspect(())
+
+
 @breaks("order")
 class PreparesOverWhatIsAway(Engine):
     """Makes host memory ready for all kinds, those included whose only copy lies there.

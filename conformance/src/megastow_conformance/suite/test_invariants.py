@@ -11,6 +11,7 @@ from megastow_conformance.checks import (
     host_state,
     interface,
     moves,
+    residue,
     selection,
     stateful,
     training,
@@ -65,6 +66,10 @@ def test_training_forward_without_optimizer(conformance: Conformance) -> None:
 
 def test_released(conformance: Conformance) -> None:
     conformance.run(moves.released)
+
+
+def test_residue(conformance: Conformance) -> None:
+    conformance.run(residue.residue)
 
 
 def test_peak(conformance: Conformance) -> None:
