@@ -27,7 +27,7 @@ from megastow.agreement import GroupAgreement
 GROUP = None
 SIZES = {"bucket_bytes": 4096, "chunk_bytes": 512}
 LONG, SHORT = 30.0, 3.0
-OUT = [name for name in faults.POINTS if not name.startswith(("onload", "disk"))]
+OUT = [name for name in faults.POINTS if not name.startswith(("onload", "disk", "derive"))]
 BACK = [name for name in faults.POINTS if name.startswith("onload")]
 
 
