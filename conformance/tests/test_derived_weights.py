@@ -55,6 +55,10 @@ def test_one_bit_on_one_rank_keeps_the_buffer_on_all(groups, where, world):
     run(groups[world], checks.keeps_what_is_no_cast, "toy_distopt", where=where)
 
 
+def test_what_is_not_gathered_yet_is_kept(groups):
+    run(groups[2], checks.keeps_what_is_not_gathered_yet, "toy_overlap_distopt")
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_main_weights_that_change_meanwhile(groups, world):
     run(groups[world], checks.sees_main_weights_that_change, "toy_distopt")
@@ -88,7 +92,7 @@ AS_WITHOUT = (
 )
 
 
-@pytest.mark.parametrize(("scenario", "world"), [("toy_distopt", 1), ("toy_overlap_distopt", 1), ("toy_distopt", 2)])
+@pytest.mark.parametrize(("scenario", "world"), [("toy_distopt", 1), ("toy_distopt", 2), ("toy_overlap_distopt", 2)])
 def test_the_invariants_hold(groups, scenario, world):
     assert set(AS_WITHOUT) <= suite_marks().keys()
     leave_out = suite_marks().keys() - set(AS_WITHOUT)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from core_toys import Tensors, odd_floats
 
-from megastow import create_memory_manager, registry
+from megastow import StateKind, create_memory_manager, registry
 from megastow.derived import Bucket, DerivableBuffer
 from megastow.plain import PlainAdapter, PlainBinding
 
@@ -122,6 +122,11 @@ class FlatBinding(PlainBinding):
     def __init__(self, model, optimizer, trainer):
         super().__init__(model, optimizer)
         self._trainer = trainer
+
+    def inventory(self):
+        inventory = super().inventory()
+        inventory.group(StateKind.WEIGHTS, "the flat buffer").add("flat", self._trainer.flat)
+        return inventory
 
     def derivable_buffers(self):
         t = self._trainer

@@ -192,7 +192,11 @@ def test_weights_are_kept_where_main_weights_have_left_before(trainer):
     assert_same(before, snapshot(trainer.tensors()))
 
 
-def test_a_claim_that_does_not_cover_its_storage_is_kept(trainer):
+@pytest.mark.parametrize("part", ["of the buckets", "of the storage"])
+def test_a_claim_that_does_not_cover_its_storage_is_kept(trainer, part):
+    if part == "of the storage":
+        trainer.flat = trainer.flat[: trainer.buckets[0].end]
+        trainer.main = [each for each in trainer.main if each[0] < trainer.flat.numel()]
     trainer.buckets.pop()
     before = snapshot(trainer.tensors())
     report, _blocks = away_for_a_while(derive(trainer), trainer)
@@ -394,7 +398,7 @@ def test_a_failing_cast_leaves_them_away(trainer, monkeypatch):
         raise RuntimeError("halfway")
 
     with monkeypatch.context() as patch:
-        patch.setattr(derived, "_rebuild", fail)
+        patch.setattr(derived, "_cast", fail)
         with pytest.raises(TransferError, match="halfway"):
             manager.onload()
     assert set(where(manager).values()) == {Residency.OFFLOADED}

@@ -11,11 +11,13 @@ ranks, and the buffer is kept as ever.
 
 [Note: what is rebuilt]
 Exactly what was proved, by the same function, written into the storage itself, and then one all-gather for each bucket
-over Megatron's own group. Megatron's copy (`_copy_main_params_to_model_params`) casts in the same way, but always into
-all buffers, those among them that were kept because they are no cast; and its gather sets marks that overlapped
-communication relies on. The digest of the offload decides at the end whether the weights are what they were.
+over Megatron's own group. A rank that has its weights, because it kept them while others could not know, gathers too.
+Megatron's copy (`_copy_main_params_to_model_params`) casts in the same way, but always into all buffers, those among
+them that were kept because they are no cast; and its gather sets marks that overlapped communication relies on. The
+digest of the offload decides at the end whether the weights are what they were.
 
-A collective is only begun when all ranks that it needs have said that they are about to begin it.
+A collective is only begun when all ranks of the manager's group have heard that every rank which any of the collectives
+needs is about to begin it, and nothing that could fail comes in between.
 """
 
 from __future__ import annotations
@@ -97,8 +99,8 @@ class DerivableBuffer:
 
     @property
     def question(self) -> str:
-        """What ranks call it when they talk about it; other ranks may have another of the same name."""
-        return f"{self.name} from rank {min(self.ranks, default=0)} on"
+        """What ranks call it when they talk about it, with their number in front; others may have one of that name."""
+        return f"{len(self.ranks)} ranks, {min(self.ranks, default=0)} the first, with {self.name}"
 
 
 @runtime_checkable
@@ -203,27 +205,36 @@ class WeightDeriver:
             PeerError: another rank failed or did not come in time.
         """
         faults.point("derive.rebuild")
-        buffers = [b for b in self._buffers() if storage_id(b.flat.untyped_storage()) in storages]
-        if len(buffers) < len(storages):
+        buffers = {storage_id(buffer.flat.untyped_storage()): buffer for buffer in self._buffers()}
+        missing = storages.keys() - buffers.keys()
+        if missing:
             raise StateChangedError(
-                f"{len(storages)} buffers of weights were left to be rebuilt from main weights, and the trainer has "
-                f"{len(buffers)} of them now. Their optimizer was replaced while they were away: put it back"
+                f"{len(missing)} buffers of weights were left to be rebuilt from main weights, and are not among those "
+                "of the trainer now. Their optimizer was replaced while they were away: put it back"
             )
-        for buffer in buffers:
-            _check_main_is_here(buffer)
-        answers = ballot.ask({buffer.question: "rebuild" for buffer in buffers if buffer.ranks})
-        for buffer in buffers:
-            _check_all_rebuild(buffer, answers)
-        found = []
-        for buffer in buffers:  # not on the copy stream, where optimizer states may be queued
-            _rebuild(buffer)
-            found.append(digest(byte_view(buffer.flat.untyped_storage())))
+        for key in storages:
+            _check_main_is_here(buffers[key])
+        answers = ballot.ask(
+            {
+                buffer.question: "rebuild" if key in storages else "here"
+                for key, buffer in buffers.items()
+                if buffer.ranks and buffer.flat.untyped_storage().nbytes()
+            }
+        )
+        _check_all_are_ready(answers)
+        # Not on the copy stream, where optimizer states may be queued.
+        for key in storages:
+            _cast(buffers[key])
+        for key, buffer in buffers.items():
+            if key in storages or "rebuild" in answers.get(buffer.question, {}):
+                _gather(buffer)
+        found = {
+            buffers[key].name: (left, digest(byte_view(buffers[key].flat.untyped_storage())))
+            for key, left in storages.items()
+        }
         self._device.synchronize_stream()
-        changed = [
-            buffer.name
-            for buffer, value in zip(buffers, self._device.fetch(found), strict=True)
-            if value != storages[storage_id(buffer.flat.untyped_storage())].value
-        ]
+        values = self._device.fetch([value for _, value in found.values()])
+        changed = [name for name, value in zip(found, values, strict=True) if value != found[name][0].value]
         if changed and not unverified:
             raise StateChangedError(
                 f"the weights in {', '.join(changed)} are rebuilt from main weights, and would not be what they were: "
@@ -312,15 +323,19 @@ def _count_of_differing_windows(buffer: DerivableBuffer) -> torch.Tensor:
     return count
 
 
-def _rebuild(buffer: DerivableBuffer) -> None:
-    """Fill a buffer; queued on the current stream. Leaves the version counters of tensors alone."""
+def _cast(buffer: DerivableBuffer) -> None:
+    """Fill this rank's shards; queued on the current stream. Leaves the version counters of tensors alone."""
+    for start, end in (bucket.shard for bucket in buffer.buckets):
+        _cast_into(buffer.flat.data[start:end], start, buffer.main)
+
+
+def _gather(buffer: DerivableBuffer) -> None:
+    """Fill the shards of other ranks; as `_cast`, and collective over the groups of its buckets."""
     flat = buffer.flat.data
     for bucket in buffer.buckets:
-        start, end = bucket.shard
-        shard = flat[start:end]
-        _cast_into(shard, start, buffer.main)
         if bucket.group is not None:
-            dist.all_gather_into_tensor(flat[bucket.start : bucket.end], shard, group=bucket.group)
+            start, end = bucket.shard
+            dist.all_gather_into_tensor(flat[bucket.start : bucket.end], flat[start:end], group=bucket.group)
 
 
 def _is_unanimous(buffer: DerivableBuffer, answers: Answers) -> bool:
@@ -336,14 +351,20 @@ def _check_main_is_here(buffer: DerivableBuffer) -> None:
         )
 
 
-def _check_all_rebuild(buffer: DerivableBuffer, answers: Answers) -> None:
-    if not _is_unanimous(buffer, answers):
-        ready = sum(answers[buffer.question].values())
-        raise TransferError(
-            f"{buffer.name} is rebuilt by {len(buffer.ranks)} ranks together, and only {ready} of them are about to. "
-            "Nothing was brought back. Call onload of weights on all ranks of the manager's group (before close, which "
-            "each rank does on its own)"
-        )
+def _check_all_are_ready(answers: Answers) -> None:
+    """Whether nobody rebuilds in vain; all ranks of the manager's group come to the same result, whatever they have.
+
+    Raises:
+        TransferError: ranks are missing.
+    """
+    for question, given in answers.items():
+        ready = sum(given.values())
+        if "rebuild" in given and ready < int(question.split()[0]):
+            raise TransferError(
+                f"weights are rebuilt together by {question}, and only {ready} of them are about to. Nothing was "
+                "brought back. Call onload of weights on all ranks of the manager's group, before close, which each "
+                "rank does on its own; where some ranks have their weights on the device, offload them there first"
+            )
 
 
 def _why_kept(
