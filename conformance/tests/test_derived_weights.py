@@ -36,6 +36,21 @@ def test_weights_take_no_host_memory_and_come_back(groups, scenario, world):
     run(groups[world], checks.saves_the_weights, scenario)
 
 
+@pytest.mark.parametrize(
+    ("scenario", "world", "share"),
+    [
+        ("gpt_vpp_distopt", 1, (1, 1)),
+        ("toy_mixed_chain", 1, (0, 1)),
+        ("toy_hybrid_distopt", 1, (0, 1)),
+        ("toy_lora_distopt", 1, (1, 1)),
+        ("gpt_ep2_distopt", 2, (1, 1)),
+        ("gpt_tp2_distopt", 2, (1, 1)),
+    ],
+)
+def test_all_bits_come_back_whatever_is_derived(groups, scenario, world, share):
+    run(groups[world], checks.comes_back, scenario, share=share)
+
+
 @pytest.mark.parametrize("row", ["v3-0.6", "v3-0.8", "mcore-0.9", "mcore-0.12", "mcore-0.19"])
 def test_so_it_is_in_each_generation(row):
     (group,) = make_groups(row, [2]).values()

@@ -58,6 +58,22 @@ def saves_the_weights(case):
     assert_continues(case, trainer)
 
 
+def comes_back(case, share):
+    """Whatever is derived and whatever is kept of it; `share` is how much of the flat buffers is derived."""
+    trainer = trained(case)
+    before = oracle.snapshot(everything(trainer, grads=False))
+    manager = case.manager(trainer, **SIZES)
+    flats = half_buffers(trainer)
+    for kinds in ((), ("weights",)):
+        report = manager.offload(*kinds)
+        least, most = share
+        assert least * bytes_of(flats) <= report.derived_bytes <= most * bytes_of(flats), f"{report}"
+        oracle.Garbage([bytes_of(flats)], case.device)
+        manager.onload(*kinds)
+        oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=False)), f"after a cycle of {kinds}")
+    assert_continues(case, trainer)
+
+
 def in_the_background(case):
     """A step that begins while everything is on its way waits for the rebuilt weights."""
     trainer = trained(case, 0)

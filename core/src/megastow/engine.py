@@ -740,6 +740,8 @@ class Engine:
         if self._deriver is None or kind is not StateKind.WEIGHTS or kind not in plans:
             return
         derived = {storage_id(p.storage): p.digest for p in plans[kind] if p.released and p.host is None and p.digest}
+        if not derived and ballot is ALONE:  # nobody else asks for ours; so it is in an undoing
+            return
         with clock.running(kind):
             self._deriver.rebuild(derived, ballot, unverified=unverified)
 

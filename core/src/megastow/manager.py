@@ -535,15 +535,17 @@ class MemoryManager:
                 was raised, too.
             non_blocking: return at once, and move in a thread of its own. A call that touches kinds on their way waits
                 for those, and goes on while the others are coming: first the weights, then the gradients, the main
-                weights, and the optimizer states. A kind that has arrived stays, also if the move fails after it.
-                Errors are raised by the handle's `wait`, and logged.
+                weights, and the optimizer states (with `derive_weights` the main weights before all). A kind that has
+                arrived stays, also if the move fails after it. Errors are raised by the handle's `wait`, and logged.
 
         Raises:
             DeviceMemoryError: not enough free device memory; everything is still safe on the host, and a repeated call
                 goes on from there.
             CorruptionError: with `verify="digest"`, some bytes are not those that left. The move was undone, and the
                 host copy is kept; the message says whether repeating the call can help.
-            StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved.
+            OffloadedError: weights were derived, and main weights would still be away; nothing was moved.
+            StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved. Or
+                derived weights would not be what they were, because main weights have changed; the move was undone.
             AgreementError: with `group`, ranks made different calls; nothing was moved.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
