@@ -41,7 +41,6 @@ def test_weights_take_no_host_memory_and_come_back(groups, scenario, world):
     [
         ("gpt_vpp_distopt", 1, (1, 1)),
         ("toy_mixed_chain", 1, (0, 1)),
-        ("toy_hybrid_distopt", 1, (0, 1)),
         ("toy_lora_distopt", 1, (1, 1)),
         ("gpt_ep2_distopt", 2, (1, 1)),
         ("gpt_tp2_distopt", 2, (1, 1)),
