@@ -109,8 +109,11 @@ AS_WITHOUT = (
 @pytest.mark.parametrize(("scenario", "world"), [("toy_distopt", 1), ("toy_distopt", 2), ("toy_overlap_distopt", 2)])
 def test_the_invariants_hold(groups, scenario, world):
     assert set(AS_WITHOUT) <= suite_marks().keys()
-    leave_out = suite_marks().keys() - set(AS_WITHOUT)
+    asked = set(AS_WITHOUT)
+    if world > 1:  # it expects a fault on each rank, and a rank of a group hears of those of others
+        asked.remove("test_failure_of_any_operation")
+    leave_out = suite_marks().keys() - asked
     findings = list(judge(groups[world], SCENARIOS[scenario], SUBJECT, leave_out=leave_out))
     broken = [finding.outcome.report() for finding in findings if finding.verdict == "broken"]
     assert not broken, "\n\n".join(broken)
-    assert len(findings) >= len(AS_WITHOUT) - 2
+    assert len(findings) >= len(asked) - 2
