@@ -472,7 +472,7 @@ def _stand_in_for_triton() -> None:
 
 
 def _compile_nothing() -> None:
-    """``torch.compile`` leaves functions as they are; on a CPU its compiler takes seconds to import, and longer to run."""
+    """``torch.compile`` leaves functions as they are; on a CPU its compiler takes seconds to import, and to run."""
     setattr(torch, "compile", lambda model=None, **kwargs: model or (lambda function: function))  # noqa: B010
 
 
