@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from core_toys import KEPT, KINDS, Trainer, assert_same, device_bytes, junk, moved, raw, snapshot
+from derive_toys import FlatTrainer, derive
 
 from megastow import (
     AdapterSelectionError,
@@ -24,11 +25,12 @@ from megastow import (
     swap,
 )
 from megastow.agreement import GroupAgreement
+from megastow.derived import WeightDeriver
 
 GROUP = None
 SIZES = {"bucket_bytes": 4096, "chunk_bytes": 512}
 LONG, SHORT = 30.0, 3.0
-OUT = [name for name in faults.POINTS if not name.startswith(("onload", "disk"))]
+OUT = [name for name in faults.POINTS if not name.startswith(("onload", "disk", "derive"))]
 BACK = [name for name in faults.POINTS if name.startswith("onload")]
 
 
@@ -459,3 +461,97 @@ def one_is_killed():
         manager.offload()
     manager.close()
     assert_same(before, snapshot(trainer.tensors()))
+
+
+# --- weights that are derived ----------------------------------------------------------------------------------------
+
+
+def derived(**options):
+    trainer = FlatTrainer(GROUP)
+    trainer.step()
+    return trainer, derive(trainer, group=GROUP, agree_timeout=LONG, **options)
+
+
+def derived_weights():
+    """Each rank has the main weights of its shards only, and gets all weights back; also in the background."""
+    (trainer, manager), twin = derived(), FlatTrainer(GROUP)
+    twin.step()
+    for number in range(4):
+        before = snapshot(trainer.tensors())
+        kinds = KINDS[:2] if number % 2 else ()
+        out = manager.offload(*kinds, non_blocking=number > 1)
+        report = out.wait() if number > 1 else out
+        assert report.derived_bytes == trainer.flat.numel() * 2
+        assert trainer.flat.untyped_storage().nbytes() == 0
+        blocks = junk([4096] * 4)
+        back = manager.onload(*kinds, non_blocking=number > 1)
+        assert (back.wait() if number > 1 else back).derived_bytes == report.derived_bytes
+        assert_same(before, snapshot(trainer.tensors()))
+        assert torch.equal(raw(trainer.step()), raw(twin.step()))
+        del blocks
+    assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
+    manager.close()
+
+
+def derived_weights_that_one_rank_has_differently():
+    """In the shard that it gathers from another, in its own, or in neither but for its main weights."""
+    trainer, manager = derived()
+    (first, last), *_ = (bucket.shard for bucket in trainer.buckets)
+    others = first - 1 if first else last
+    for number, place in enumerate((others, first)):
+        if dist.get_rank() == number:
+            trainer.flat.data.view(torch.int16)[place] ^= 1
+        before = snapshot(trainer.tensors())
+        report = manager.offload()
+        assert report.derived_bytes == 0
+        assert any("is kept" in note for note in report.notes)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors()))
+        trainer.gather()
+    assert manager.offload().derived_bytes > 0
+    manager.close(discard=True)
+
+
+def derived_weights_on_some_ranks_only():
+    """One rank has kept them, as after a decision that it did not learn of: it gathers with the others all the same."""
+    trainer, manager = derived()
+    before = snapshot(trainer.tensors())
+    prove = WeightDeriver.prove
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(WeightDeriver, "prove", lambda *given: dict.fromkeys(prove(*given)))
+        report = manager.offload()
+    assert (report.derived_bytes == 0) == (dist.get_rank() == 1)
+    blocks = junk([4096] * 4)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+    del blocks
+
+
+def closing_while_derived_weights_are_away():
+    """Nobody gathers alone, or waits for somebody who does not come."""
+    trainer, manager = derived()
+    before = snapshot(trainer.tensors())
+    manager.offload()
+    with pytest.raises(TransferError, match=f"together by {GROUP.size()} ranks.* and only 1 of them"):
+        manager.close()
+    assert_all(manager, Residency.OFFLOADED)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
+def derived_weights_and_a_fault_on_one_rank():
+    trainer, manager = derived()
+    before = snapshot(trainer.tensors())
+    for number, error in enumerate((RuntimeError, KeyboardInterrupt)):
+        _fails_everywhere(manager.offload, "derive.prove", number, error)
+        assert_all(manager, Residency.RESIDENT)
+        assert_same(before, snapshot(trainer.tensors()))
+        manager.offload()
+        _fails_everywhere(manager.onload, "derive.rebuild", number, error)
+        assert_all(manager, Residency.OFFLOADED)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors()))
+    manager.close()

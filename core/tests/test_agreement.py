@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megastow import AgreementError, PeerError
-from megastow.agreement import Call, GroupAgreement
+from megastow.agreement import ANSWERS, Call, GroupAgreement
 
 SECONDS = 0.4
 
@@ -74,6 +74,44 @@ def test_managers_made_at_the_same_time_meet_after_one_was_missed(store):
     alone = GroupAgreement(store, (0, 1), 0, SECONDS)
     assert isinstance(make(alone, "create"), PeerError)
     assert any(both(members(store), what="create") == ["made", "made"] for _ in range(3)), "they never met"
+
+
+def test_ranks_tell_each_other_what_they_have_found(store):
+    pair = members(store, 5.0)
+    heard = {}
+
+    def ask(rank, answers):
+        with pair[rank].making(Call("offload", (ANSWERS, None))) as ballot:
+            heard[rank] = None if answers is None else ballot.ask(answers)
+            ballot.confirm()
+
+    together(lambda: ask(0, {"a": "1", "b": "1"}), lambda: ask(1, {"a": "1", "b": "2", "c\n": "3"}))
+    assert heard[0] == heard[1] == {"a": {"1": 2}, "b": {"1": 1, "2": 1}, "c\n": {"3": 1}}
+    together(lambda: ask(0, {"a": "1"}), lambda: ask(1, None))  # confirms without having asked
+    assert heard == {0: {"a": {"1": 1}}, 1: None}
+    together(lambda: ask(0, {}), lambda: ask(1, {}))
+    assert heard == {0: {}, 1: {}}
+    assert both(pair) == ["made", "made"]
+
+
+def test_a_rank_that_fails_before_it_is_asked_is_not_waited_for(store):
+    pair = members(store, 30.0)
+
+    def call(rank):
+        try:
+            with pair[rank].making(Call("offload", (ANSWERS, None))) as ballot:
+                if rank == 1:
+                    raise RuntimeError("injected")
+                ballot.ask({"a": "1"})
+        except (PeerError, RuntimeError) as error:
+            return error
+        return None
+
+    asking, failing = together(lambda: call(0), lambda: call(1))
+    assert isinstance(asking, PeerError)
+    assert "injected" in str(asking)
+    assert type(failing) is RuntimeError
+    assert both(pair) == ["made", "made"]
 
 
 def test_who_begins_a_call_is_not_taken_for_one_who_ends_it(store):

@@ -50,13 +50,18 @@ def ranks():
         "one_comes_late",
         "a_block_that_raises_on_one_rank",
         "a_wait_that_is_interrupted",
+        "derived_weights",
+        "derived_weights_that_one_rank_has_differently",
+        "derived_weights_on_some_ranks_only",
+        "closing_while_derived_weights_are_away",
+        "derived_weights_and_a_fault_on_one_rank",
     ],
 )
 def test_two_ranks(ranks, scenario):
     ranks.run(scenario, world=2)
 
 
-@pytest.mark.parametrize("scenario", ["cycles", "faults_of_an_onload"])
+@pytest.mark.parametrize("scenario", ["cycles", "faults_of_an_onload", "derived_weights"])
 def test_three_ranks(ranks, scenario):
     ranks.run(scenario, world=3)
 

@@ -25,8 +25,8 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Literal
 
@@ -48,18 +48,28 @@ _MESSAGE_CHARACTERS = 1000
 """The most that one rank tells the others about its error."""
 
 
+ANSWERS: Literal["answers"] = "answers"
+"""The round of a call in which ranks tell each other something that may differ; see `Ballot.ask`."""
+
+Point = StateKind | Literal["answers"] | None
+
+Answers = Mapping[str, Mapping[str, int]]
+"""By question, which answers were given, and by how many ranks."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What ranks call together.
 
     Attributes:
         what: the call in words, which have to be the same on all ranks.
-        kinds: what is confirmed, in this order: kinds that are let through one by one, or None for the whole.
+        kinds: what is confirmed, in this order: kinds that are let through one by one, or None for the whole; and where
+            in between the ranks ask each other (`ANSWERS`), at most once.
         patience: seconds that a rank may take longer for it than another for good reasons, beyond the usual limit.
     """
 
     what: str
-    kinds: tuple[StateKind | None, ...] = (None,)
+    kinds: tuple[Point, ...] = (None,)
     patience: float = 0.0
 
 
@@ -75,6 +85,20 @@ class Ballot:
         Raises:
             PeerError: another rank failed or did not come in time; undo the call, as it does.
         """
+
+    def ask(self, answers: Mapping[str, str]) -> Answers:
+        """Tell the others what was found here, and hear what they have found; for a call with `ANSWERS`.
+
+        Waits for the others, as `confirm` does. All of them get the same. A rank that confirms without having asked
+        gives no answers.
+
+        Args:
+            answers: by question; ranks may be asked different ones.
+
+        Raises:
+            PeerError: another rank failed or did not come in time; undo the call, as it does.
+        """
+        return {question: {answer: 1} for question, answer in answers.items()}
 
     def withdraw(self, error: BaseException) -> bool:
         """Tell the others that the call failed here. Asking again is fine.
@@ -152,11 +176,13 @@ class Decision:
             come again, and no later round is begun.
         text: what to tell the user; empty if all agreed.
         ranks: those because of which they did not.
+        answers: what ranks have told each other with their votes.
     """
 
     end: Literal["agreed", "differ", "failed", "late", "left"]
     text: str = ""
     ranks: tuple[int, ...] = ()
+    answers: Answers = field(default_factory=dict)
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -164,7 +190,7 @@ class Decision:
     @classmethod
     def decode(cls, found: bytes) -> Decision:
         fields = json.loads(found)
-        return cls(fields["end"], fields["text"], tuple(fields["ranks"]))
+        return cls(fields["end"], fields["text"], tuple(fields["ranks"]), fields["answers"])
 
     def error(self, what: str) -> MegastowError:
         """What a rank raises for it."""
@@ -193,7 +219,7 @@ class _GroupBallot(Ballot):
     def __init__(self, agreement: GroupAgreement, call: Call, first: int) -> None:
         self._agreement = agreement
         self._call = call
-        self._left: deque[tuple[int, StateKind | Literal["start"] | None]] = deque()
+        self._left: deque[tuple[int, Point | Literal["start"]]] = deque()
         self._left.extend(enumerate(("start", *call.kinds), first))
         self._is_void = False
         self._last = first + len(call.kinds)
@@ -218,8 +244,15 @@ class _GroupBallot(Ballot):
             self._vote_once()
 
     def confirm(self, kind: StateKind | None = None) -> None:
-        while self._left and self._vote_once() is not kind:
+        while self._left and self._vote_once()[0] is not kind:
             pass
+
+    def ask(self, answers: Mapping[str, str]) -> Answers:
+        assert ANSWERS in [point for _, point in self._left]
+        while True:
+            point, decision = self._vote_once(answers)
+            if point == ANSWERS:
+                return decision.answers
 
     def withdraw(self, error: BaseException) -> bool:
         while self._left and not self._is_void:
@@ -227,16 +260,17 @@ class _GroupBallot(Ballot):
             self._follow(*self._agreement.stop(number, _words(error)))
         return self._is_void
 
-    def _vote_once(self) -> StateKind | Literal["start"] | None:
+    def _vote_once(self, answers: Mapping[str, str] | None = None) -> tuple[Point | Literal["start"], Decision]:
         number, point = self._left[0]
         patience = 0.0 if point == "start" else self._call.patience
         # Who begins a call must not be taken for one who ends the same.
         what = self._call.what if point == "start" else f"{self._call.what}, to the end{f' of {point}' * bool(point)}"
-        decision, following = self._agreement.vote(number, what, patience)
+        said = f"{what}\n{json.dumps(answers)}" if answers and point == ANSWERS else what
+        decision, following = self._agreement.vote(number, said, patience)
         self._follow(decision, following)
         if self._is_void:
             raise decision.error(self._call.what)
-        return point
+        return point, decision
 
     def _follow(self, decision: Decision, following: int) -> None:
         if decision.end == "agreed":
@@ -301,11 +335,17 @@ class GroupAgreement(Agreement):
 
     # --- what a ballot asks ------------------------------------------------------------------------------------------
 
-    def vote(self, number: int, what: str, patience: float) -> tuple[Decision, int]:
-        """Vote in a round, and wait for the others; the decision, and the number of the next round."""
+    def vote(self, number: int, said: str, patience: float) -> tuple[Decision, int]:
+        """Vote in a round, and wait for the others; the decision, and the number of the next round.
+
+        Args:
+            number: of the round.
+            said: what is called, and in a second line answers for the others.
+            patience: seconds beyond the usual limit.
+        """
         seconds = self._seconds + patience
         try:
-            return self._line.ask(lambda store: self._exchange(store, number, what, seconds), seconds + _GRACE_SECONDS)
+            return self._line.ask(lambda store: self._exchange(store, number, said, seconds), seconds + _GRACE_SECONDS)
         except Exception as error:  # of the line; perhaps the others have agreed before it broke
             return self.stop(number, _words(error))
 
@@ -351,12 +391,12 @@ class GroupAgreement(Agreement):
     def _key(self, number: int, name: object) -> str:
         return f"{self._prefix}/{number}/{name}"
 
-    def _exchange(self, store: Store, number: int, what: str, seconds: float) -> tuple[Decision, int]:
+    def _exchange(self, store: Store, number: int, said: str, seconds: float) -> tuple[Decision, int]:
         """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
         mine = self._key(number, self._rank)
         is_new = not store.check([mine])  # asked again after an interruption, it must not count twice
         if is_new:
-            store.set(mine, what)
+            store.set(mine, said)
         is_last = store.add(self._key(number, "come"), int(is_new)) == len(self._ranks)
         if not is_last:
             with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
@@ -369,14 +409,17 @@ class GroupAgreement(Agreement):
         keys = {rank: self._key(number, rank) for rank in self._ranks}
         if not store.check(list(keys.values())):
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
-        calls = dict(zip(keys, store.multi_get(list(keys.values())), strict=True))
-        by_call = {call.decode(): [rank for rank in calls if calls[rank] == call] for call in calls.values()}
+        said = [each.decode().partition("\n") for each in store.multi_get(list(keys.values()))]
+        calls = dict(zip(keys, (call for call, _, _ in said), strict=True))
+        by_call = {call: [rank for rank in calls if calls[rank] == call] for call in calls.values()}
         told = "; ".join(f"{_names(ranks)} called {call}" for call, ranks in by_call.items())
         missing = tuple(rank for rank in self._ranks if rank not in calls)
         if missing:
             late = f"{_names(missing)} did not come within {seconds:g} s, for which others waited ({told})"
             return Decision("late", late, missing)
-        return Decision("agreed") if len(by_call) == 1 else Decision("differ", f"the ranks differ: {told}", self._ranks)
+        if len(by_call) > 1:
+            return Decision("differ", f"the ranks differ: {told}", self._ranks)
+        return Decision("agreed", answers=_counted(json.loads(answers) for _, _, answers in said if answers))
 
     def _decide(self, store: Store, number: int, decision: Decision, is_last: bool = False) -> tuple[Decision, int]:
         """Decide a round, if nobody has yet."""
@@ -398,6 +441,16 @@ class GroupAgreement(Agreement):
             ):
                 following += 1
         return decision, following
+
+
+def _counted(given: Iterable[Mapping[str, str]]) -> Answers:
+    """How many ranks gave which answer to each question."""
+    counts: dict[str, dict[str, int]] = {}
+    for answers in given:
+        for question, answer in answers.items():
+            found = counts.setdefault(question, {})
+            found[answer] = found.get(answer, 0) + 1
+    return counts
 
 
 def _words(error: BaseException) -> str:

@@ -47,7 +47,7 @@ class Stopwatch(ABC):
 
 
 class Arrival(ABC):
-    """A moment on a copy stream that can be waited for."""
+    """A moment on a stream that can be waited for."""
 
     @abstractmethod
     def wait(self) -> None:
@@ -126,7 +126,7 @@ class Device(ABC):
 
     @abstractmethod
     def arrival(self) -> Arrival:
-        """The moment when what is queued by now has arrived; call within `copying`."""
+        """The moment when what is queued by now on the current stream is done; call within `copying` or `as_here`."""
 
     @abstractmethod
     def beside(self) -> contextlib.AbstractContextManager[object]:

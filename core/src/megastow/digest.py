@@ -116,7 +116,11 @@ class Digester:
         Keeps 8 bytes on the device (512 in torch's allocator) until it is read.
         """
         with self._device.beside():
-            return Digest(digest(byte_view(storage)), self._device.arrival())
+            return self.begin_here(storage)
+
+    def begin_here(self, storage: torch.UntypedStorage) -> Digest:
+        """Queue the digest of what the storage holds on the current stream, which is one of its device; as `begin`."""
+        return Digest(digest(byte_view(storage)), self._device.arrival())
 
     def read(self, digests: Iterable[Digest]) -> None:
         """Bring digests to the host, in one small copy; waits for these, and for nothing that was queued later."""

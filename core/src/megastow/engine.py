@@ -19,7 +19,8 @@ onload brings back what is missing.
 
 What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail, a strict
 offload's look at what would stay included; once the first byte of it is gone there is no way back, and an interruption
-then ends the move instead of undoing it.
+then ends the move instead of undoing it. So it is with weights that are derived (`derived.py`): they are rebuilt by an
+onload of their own, never by an undoing.
 
 Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
 undone on all; one that all have confirmed is ended by each, as if the first byte were gone.
@@ -39,10 +40,18 @@ import torch
 
 from megastow import faults, machine
 from megastow.agreement import ALONE, Ballot
+from megastow.derived import DerivableBuffer, WeightDeriver
 from megastow.device import Device, Direction, Stopwatch
 from megastow.digest import SCRATCH_BYTES, Digest, Digester, digest
 from megastow.disk import DiskFolder
-from megastow.errors import CorruptionError, DeviceMemoryError, MegastowError, StateChangedError, TransferError
+from megastow.errors import (
+    CorruptionError,
+    DeviceMemoryError,
+    MegastowError,
+    OffloadedError,
+    StateChangedError,
+    TransferError,
+)
 from megastow.flat import FlatTensors
 from megastow.forking import process_lock
 from megastow.head_start import Begun, LastPlaces
@@ -104,9 +113,9 @@ class Parked:
         nbytes: what it had, and gets back.
         kind: the kind it moves with.
         names: what the inventory called the tensors on it.
-        host: its bytes, or None if they were not kept and it comes back as zeros.
+        host: its bytes, or None if they were not kept and it comes back as zeros, or is rebuilt.
         released: whether the device side was (or was about to be) given up.
-        digest: of its bytes when they left; None where none was asked for, and where nothing is kept.
+        digest: of its bytes when they left; None where none was asked for, and where it comes back as zeros.
     """
 
     storage: torch.UntypedStorage
@@ -116,6 +125,11 @@ class Parked:
     host: HostSlice | None
     released: bool = False
     digest: Digest | None = None
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether nothing was kept because its bytes are rebuilt from others, and have to be what they were."""
+        return self.host is None and self.digest is not None
 
     @property
     def is_orphan(self) -> bool:
@@ -140,10 +154,12 @@ class Engine:
         host_memory: HostMemory = "pinned",
         folder: DiskFolder | None = None,
         digests: bool = False,
+        derivable: Callable[[], Iterable[DerivableBuffer]] | None = None,
     ) -> None:
         self._device = device
         self._digester = Digester(device)
         self._makes_digests = digests
+        self._deriver = None if derivable is None else WeightDeriver(device, self._digester, derivable)
         staging = Staging(device, chunk_bytes)
         self._arena = HostArena(device, host_memory, folder, staging)
         self._transport = Transport(device, chunk_bytes, staging)
@@ -195,6 +211,22 @@ class Engine:
             if (kind, transient) in demoted
         ]
 
+    @property
+    def derives_weights(self) -> bool:
+        """Whether weights may be left to be rebuilt from main weights."""
+        return self._deriver is not None
+
+    @property
+    def order_of_return(self) -> tuple[StateKind, ...]:
+        """In which order kinds come back: as they are used, but main weights first where weights follow from them."""
+        if self._deriver is None:
+            return ORDER_OF_USE
+        return (StateKind.MAIN_WEIGHTS, *(kind for kind in ORDER_OF_USE if kind is not StateKind.MAIN_WEIGHTS))
+
+    def derive_notes(self) -> tuple[str, ...]:
+        """Which weights were kept by the last offload of them, and why; nothing where they are not to be derived."""
+        return () if self._deriver is None else self._deriver.notes
+
     def find(self, inventory: Inventory, kinds: Collection[StateKind]) -> list[StorageRecord]:
         """The storages of `kinds` on the device; raises for what could not be moved."""
         away = {storage_id(p.storage) for entries in self._parked.values() for p in entries}
@@ -208,6 +240,7 @@ class Engine:
         """
         here = [kind for kind in kinds if not self.is_away(kind)]
         records = self.find(inventory, here)
+        candidates = self._mark_candidates(records)
         unit = self._arena.unit_bytes
         sizes = _host_sizes(records, keep_grads, unit)
         placement = self._arena.place(sizes)
@@ -220,7 +253,7 @@ class Engine:
         return MovePlan(
             entries,
             new_host_bytes=max(0, placement.memory_bytes),
-            packing_bytes=self._flat.most_extra_bytes(records),
+            packing_bytes=self._flat.most_extra_bytes([r for r in records if storage_id(r.storage) not in candidates]),
             limits=machine.host_limits(),
             numa_node=self._device.numa_node(),
             new_disk_bytes=max(0, placement.disk_bytes),
@@ -247,7 +280,7 @@ class Engine:
         here = [kind for kind in kinds if kind not in self._parked]
         with self._during("preparation", here, Residency.RESIDENT):
             self._device.synchronize()
-            records = self._pack(inventory, here, keep_grads=False)
+            records = self._pack(inventory, here, False, self._mark_candidates)
             return _host_sizes(records, False, self._arena.unit_bytes)
 
     def reserve(self, sizes: Mapping[RegionKey, int]) -> int:
@@ -287,7 +320,7 @@ class Engine:
             keep_grads: copy gradient buffers too.
             give_back: hand the memory back to the driver; otherwise torch's allocator keeps it.
             inspect: asked when there is nothing left to do but what cannot be undone. What it raises undoes the move.
-            ballot: asked before what is not kept is dropped.
+            ballot: asked before what is not kept is dropped, and which weights can be derived.
 
         Raises:
             MegastowError: the move could not be made, or other ranks could not make it; everything is on the device as
@@ -306,12 +339,21 @@ class Engine:
                 inspect(())
             return reports
         clock = _KindClock()
+        proofs: dict[int, Digest | None] = {}
+
+        def prove(records: Sequence[StorageRecord]) -> Collection[int]:
+            if self._deriver is not None and StateKind.WEIGHTS in kinds:
+                proofs.update(self._deriver.prove(records, self._main_is_here, ballot))
+            for record in records:
+                record.derived = proofs.get(storage_id(record.storage)) is not None
+            return proofs.keys()
+
         with (
             self._during("offload", [*moving, *unfinished], Residency.OFFLOADING),
             self._head_start(moving, clock) as begun,
         ):
-            records = self._pack(inventory, moving, keep_grads)
-            plans = self._plan(records, moving, keep_grads, clock)
+            records = self._pack(inventory, moving, keep_grads, prove)
+            plans = self._plan(records, moving, keep_grads, clock, proofs)
             del records  # they hold storages
             leaving = {**plans, **{kind: self._parked[kind] for kind in unfinished}}
             self._move_out(leaving, begun, clock, inspect, ballot)
@@ -348,10 +390,12 @@ class Engine:
         Raises:
             DeviceMemoryError: the device has not enough free memory; everything is in host memory as before.
             CorruptionError: other bytes came back than have left; everything is in host memory as before.
+            OffloadedError: weights are rebuilt from main weights, which would not be here.
+            StateChangedError: weights would be rebuilt to other ones than have left; everything is away as before.
             MegastowError: the move could not be made, or other ranks could not make it; everything is in host memory as
                 before.
         """
-        moving = [k for k in ORDER_OF_USE if k in kinds and k in self._parked]
+        moving = [k for k in self.order_of_return if k in kinds and k in self._parked]
         reports = {k: KindReport(k, moved=False) for k in kinds}
         notes: list[str] = []
         if not moving:
@@ -363,6 +407,7 @@ class Engine:
             self._moving.pop(kind, None)
             arrived(kind)
 
+        self._check_sources(moving)
         with self._during("onload", moving, Residency.ONLOADING):
             for kind in moving:
                 orphans = [p for p in self._parked[kind] if p.is_orphan]
@@ -464,21 +509,66 @@ class Engine:
         return begun
 
     def _pack(
-        self, inventory: Callable[[], Inventory], kinds: Collection[StateKind], keep_grads: bool
+        self,
+        inventory: Callable[[], Inventory],
+        kinds: Collection[StateKind],
+        keep_grads: bool,
+        derive: Callable[[Sequence[StorageRecord]], Collection[int]],
     ) -> list[StorageRecord]:
         """Pack small storages into device buckets, if the host can take all; returns the storages that there are then.
 
         The caller has synchronised with the device; synchronises with it after packing.
+
+        Args:
+            inventory: makes the inventory.
+            kinds: what is to move.
+            keep_grads: whether gradients are to be copied.
+            derive: marks what is derived among storages, and says what must stay in a storage of its own for that.
         """
         records = self.find(inventory(), kinds)
+        on_their_own = derive(records)
         self._arena.check(_host_sizes(records, keep_grads, self._arena.unit_bytes))
-        if not self._flat.pack(records):
+        if not self._flat.pack([r for r in records if storage_id(r.storage) not in on_their_own]):
             return records
         self._device.synchronize()
-        return self.find(inventory(), kinds)
+        derived = {storage_id(r.storage) for r in records if r.derived}
+        records = self.find(inventory(), kinds)
+        for record in records:
+            record.derived = storage_id(record.storage) in derived
+        return records
+
+    def _mark_candidates(self, records: Sequence[StorageRecord]) -> Collection[int]:
+        """Take for derived what may well be, where nothing moves yet; its storages by identity."""
+        candidates = {} if self._deriver is None else self._deriver.candidates(records)
+        for record in records:
+            record.derived = self._main_is_here and storage_id(record.storage) in candidates
+        return candidates.keys()
+
+    @property
+    def _main_is_here(self) -> bool:
+        return StateKind.MAIN_WEIGHTS not in self._parked
+
+    def _check_sources(self, moving: Collection[StateKind]) -> None:
+        """Refuse to bring back weights without the main weights that they follow from.
+
+        Raises:
+            OffloadedError: main weights are away, and would stay there.
+        """
+        if self._main_is_here or StateKind.MAIN_WEIGHTS in moving or StateKind.WEIGHTS not in moving:
+            return
+        if any(p.is_derived and p.released for p in self._parked[StateKind.WEIGHTS]):
+            raise OffloadedError(
+                "weights were not kept and are rebuilt from main_weights, which are offloaded. Nothing was moved. Call "
+                "manager.onload('weights', 'main_weights'), or bring main_weights back before"
+            )
 
     def _plan(
-        self, records: Sequence[StorageRecord], kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock
+        self,
+        records: Sequence[StorageRecord],
+        kinds: Sequence[StateKind],
+        keep_grads: bool,
+        clock: _KindClock,
+        proofs: Mapping[int, Digest | None],
     ) -> dict[StateKind, list[Parked]]:
         """Give every storage that is kept a place in host memory."""
         plans: dict[StateKind, list[Parked]] = {kind: [] for kind in kinds}
@@ -494,7 +584,9 @@ class Engine:
                 for record in (r for r in records if r.kind is kind):
                     parked = Parked(record.storage, record.nbytes, kind, record.names, None)
                     plans[kind].append(parked)
-                    if record.keep or keep_grads:
+                    if record.derived:
+                        parked.digest = proofs[storage_id(record.storage)]
+                    elif _is_kept(record, keep_grads):
                         key = _region_key(record)
                         parked.host = HostSlice(regions[key], offsets[key], parked.nbytes)
                         offsets[key] += align_up(parked.nbytes, unit)
@@ -677,6 +769,7 @@ class Engine:
                     for kind in kinds:
                         self._confirm(kind, arrivals, clock)
                         self._compare([each for each in digests if each[0].kind is kind])
+                        self._rebuild(plans, kind, clock, unverified, ballot)
                         ballot.confirm(kind)
                         for parked in plans[kind]:
                             parked.released = False
@@ -685,6 +778,7 @@ class Engine:
                 for kind in plans:
                     self._confirm(kind, arrivals, clock)
                 self._compare(digests)
+                self._rebuild(plans, StateKind.WEIGHTS, clock, unverified, ballot)
             self._transport.confirm()
             if arrived is None:
                 ballot.confirm()
@@ -721,6 +815,23 @@ class Engine:
         damaged = [parked for parked, left, came in digests if left.value != came.value]
         if damaged:
             raise _corrupted(damaged)
+
+    def _rebuild(
+        self,
+        plans: Mapping[StateKind, Sequence[Parked]],
+        kind: StateKind,
+        clock: _KindClock,
+        unverified: bool,
+        ballot: Ballot,
+    ) -> None:
+        """Fill what is derived, if that is what has arrived but for it; see `WeightDeriver.rebuild`."""
+        if self._deriver is None or kind is not StateKind.WEIGHTS or kind not in plans:
+            return
+        derived = {storage_id(p.storage): p.digest for p in plans[kind] if p.released and p.host is None and p.digest}
+        if not derived and ballot is ALONE:  # nobody else asks for ours; so it is in an undoing
+            return
+        with clock.running(kind):
+            self._deriver.rebuild(derived, ballot, unverified=unverified)
 
     @staticmethod
     def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
@@ -796,11 +907,16 @@ def _region_key(record: StorageRecord) -> RegionKey:
     return record.kind, record.transient
 
 
+def _is_kept(record: StorageRecord, keep_grads: bool) -> bool:
+    """Whether the bytes of a storage are to be copied out."""
+    return not record.derived and (record.keep or keep_grads)
+
+
 def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -> dict[RegionKey, int]:
     """Host bytes for the storages that are kept, by region, the one that is needed soonest first."""
     sizes: dict[RegionKey, int] = {}
     for record in records:
-        if record.keep or keep_grads:
+        if _is_kept(record, keep_grads):
             key = _region_key(record)
             sizes[key] = sizes.get(key, 0) + align_up(record.nbytes, unit)
     return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key[0]), not key[1]))}
@@ -815,7 +931,7 @@ def _as_planned(
     unit: int,
 ) -> KindPlan:
     mine = [record for record in records if record.kind is kind]
-    kept = [(placement.tiers[_region_key(r)], align_up(r.nbytes, unit)) for r in mine if r.keep or keep_grads]
+    kept = [(placement.tiers[_region_key(r)], align_up(r.nbytes, unit)) for r in mine if _is_kept(r, keep_grads)]
     return KindPlan(
         kind,
         residency,
@@ -824,6 +940,7 @@ def _as_planned(
         host_bytes=_in_memory(kept),
         disk_bytes=_on_disk(kept),
         tier=placement.tiers.get((kind, False)),
+        derived_bytes=sum(r.nbytes for r in mine if r.derived),
     )
 
 
@@ -831,7 +948,14 @@ def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked],
     report = _report(kind, entries, 0.0, unit)
     tier = next((p.host.region.tier for p in entries if p.host is not None), None)
     return KindPlan(
-        kind, residency, report.num_tensors, report.device_bytes, report.host_bytes, report.disk_bytes, tier
+        kind,
+        residency,
+        report.num_tensors,
+        report.device_bytes,
+        report.host_bytes,
+        report.disk_bytes,
+        tier,
+        report.derived_bytes,
     )
 
 
@@ -845,6 +969,7 @@ def _report(kind: StateKind, entries: Sequence[Parked], seconds: float, unit: in
         host_bytes=_in_memory(kept),
         seconds=seconds,
         disk_bytes=_on_disk(kept),
+        derived_bytes=sum(p.nbytes for p in entries if p.is_derived),
     )
 
 

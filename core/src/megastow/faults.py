@@ -27,6 +27,9 @@ POINTS = (
     "onload.chunk",  # before each chunk's copy is queued
     "onload.copied",  # behind each chunk's copy; at hand are the bytes that it writes, uint8 on the device
     "onload.confirm",  # before the copies are waited for
+    # Only where weights are derived; the second behind the last copy of an onload.
+    "derive.prove",  # before weights are held against main weights
+    "derive.rebuild",  # before they are rebuilt
     # Only where a kind is kept on disk; the last two in threads of the move, whose error ends it.
     "disk.reserve",  # before the blocks of a file are taken
     "disk.write",  # before each chunk is written

@@ -61,6 +61,11 @@ class HostViews:
         """
         key = storage_id(entry.storage)
         if key not in self._lent:
+            if entry.is_derived:
+                raise NotOnHostError(
+                    f"{entry.names[0]} ({entry.kind}) was released without a copy, to be rebuilt from main weights. To "
+                    "look at it, onload it first, or make the manager without derive_weights"
+                )
             if entry.host is None:
                 raise NotOnHostError(
                     f"{entry.names[0]} ({entry.kind}) was released without a copy, and comes back as zeros. To look at "

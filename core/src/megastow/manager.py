@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 
 from megastow.adapter import BoundAdapter
-from megastow.agreement import ALONE, DEFAULT_AGREE_SECONDS, Agreement, Ballot, Call, agreement_of
+from megastow.agreement import ALONE, ANSWERS, DEFAULT_AGREE_SECONDS, Agreement, Ballot, Call, Point, agreement_of
+from megastow.derived import DerivableBuffer, derivable_buffers_of
 from megastow.device import device_for
 from megastow.disk import DiskFolder
 from megastow.engine import DEFAULT_BUCKET_BYTES, Engine, Inspection
@@ -38,7 +39,7 @@ from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.residue import DEFAULT_RESIDUE_BYTES, DEFAULT_STORAGES, Home, Residue, Subject, explain, measure
-from megastow.state import ALL_KINDS, ORDER_OF_USE, Inventory, KindLike, Residency, StateKind, parse_kinds
+from megastow.state import ALL_KINDS, Inventory, KindLike, Residency, StateKind, parse_kinds
 from megastow.storages import list_storages, storage_id
 from megastow.tiers import HOST_MEMORY, HostMemory
 from megastow.transport import DEFAULT_CHUNK_BYTES
@@ -58,6 +59,7 @@ def create_memory_manager(
     host_memory: HostMemory = "pinned",
     disk_folder: str | os.PathLike[str] | None = None,
     verify: Literal["none", "digest"] = "none",
+    derive_weights: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     agree_timeout: float = DEFAULT_AGREE_SECONDS,
 ) -> MemoryManager:
@@ -82,6 +84,12 @@ def create_memory_manager(
         verify: "digest" computes 64 bits for each storage that is kept, on the device, before it leaves and when it is
             back; a difference raises `CorruptionError`. Runs beside the copies, and takes 8 MiB of device memory more
             in each move. What it catches is told in `megastow.digest`.
+        derive_weights: do not keep weights that are a cast of main weights; rebuild them on the device when they come
+            back, with main weights or after them. Each offload of weights proves it first, bit by bit (one pass over
+            weights and main weights at the device's own speed, and 24 MiB of device memory); what fails the proof is
+            kept, and reports say so. Needs an adapter that can tell (`mcore`, `legacy_v3`), and a `group` that contains
+            the ranks that gather parameters together, where there are several: an onload of weights all-gathers over
+            Megatron's own groups. While one is under way in the background, use none of those.
         group: the ranks that move together: `torch.distributed.group.WORLD`, or any group that this process is in. This
             call and every offload and onload is then collective over the group, and happens on all of its ranks or on
             none. Managers of a group are made in the same order on all of its ranks. None: each rank on its own.
@@ -91,8 +99,8 @@ def create_memory_manager(
     Raises:
         InvalidTypeError: `model` is not a module or a list of modules.
         InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory` or
-            `verify`, or a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
-            for it.
+            `verify`, a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
+            for it, or `derive_weights` with an adapter that cannot do it, or without the `group` that it needs.
         AgreementError: the ranks of `group` made different calls.
         PeerError: another rank of `group` failed, or did not come within `agree_timeout`.
         AdapterSelectionError: not exactly one adapter accepts.
@@ -100,7 +108,8 @@ def create_memory_manager(
         StateChangedError: another manager has offloaded this model at present.
     """
     agreement = agreement_of(group, agree_timeout)
-    with agreement.making(Call(f"create_memory_manager(agree_timeout={agree_timeout:g})")) as ballot:
+    derives = ", derive_weights" if derive_weights else ""
+    with agreement.making(Call(f"create_memory_manager(agree_timeout={agree_timeout:g}{derives})")) as ballot:
         manager = _create(
             model,
             optimizer,
@@ -111,6 +120,8 @@ def create_memory_manager(
             host_memory=host_memory,
             disk_folder=disk_folder,
             verify=verify,
+            derive_weights=derive_weights,
+            group=group,
         )
         try:
             ballot.confirm()
@@ -131,6 +142,8 @@ def _create(
     host_memory: HostMemory,
     disk_folder: str | os.PathLike[str] | None,
     verify: Literal["none", "digest"],
+    derive_weights: bool,
+    group: torch.distributed.ProcessGroup | None,
 ) -> MemoryManager:
     """Check the arguments, choose the adapter, make the manager."""
     given: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
@@ -153,14 +166,16 @@ def _create(
     folder = _disk_folder(host_memory, disk_folder)
     chosen = choose_adapter(chunks, optimizer, adapter)
     logger.info("adapter %s takes charge of %d chunk(s)", chosen.name, len(chunks))
+    bound = chosen.bind(chunks, optimizer)
     return MemoryManager(
-        chosen.bind(chunks, optimizer),
+        bound,
         bucket_bytes=bucket_bytes,
         chunk_bytes=chunk_bytes,
         host_memory=host_memory,
         folder=folder,
         digests=verify == "digest",
         agreement=agreement,
+        derivable=derivable_buffers_of(bound, group) if derive_weights else None,
     )
 
 
@@ -242,6 +257,7 @@ class MemoryManager:
         folder: DiskFolder | None = None,
         digests: bool = False,
         agreement: Agreement | None = None,
+        derivable: Callable[[], Iterable[DerivableBuffer]] | None = None,
     ) -> None:
         """Take charge of what an adapter has bound; use `create_memory_manager` instead.
 
@@ -258,6 +274,7 @@ class MemoryManager:
             host_memory=host_memory,
             folder=folder,
             digests=digests,
+            derivable=derivable,
         )
         self._agreement = agreement or Agreement()
         self._guard = Guard()
@@ -510,8 +527,11 @@ class MemoryManager:
             )
             move.kinds.update(reports)
             move.notes.extend(self._engine.tier_notes(moving))
+            if StateKind.WEIGHTS in moving:
+                move.notes.extend(self._engine.derive_notes())
 
-        call = Call(_in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking))
+        what = _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking)
+        call = Call(what, self._with_answers(wanted, (None,)))
         return self._run("offload", wanted, act, non_blocking, call)
 
     @overload
@@ -561,15 +581,17 @@ class MemoryManager:
                 was raised, too.
             non_blocking: return at once, and move in a thread of its own. A call that touches kinds on their way waits
                 for those, and goes on while the others are coming: first the weights, then the gradients, the main
-                weights, and the optimizer states. A kind that has arrived stays, also if the move fails after it.
-                Errors are raised by the handle's `wait`, and logged.
+                weights, and the optimizer states (with `derive_weights` the main weights before all). A kind that has
+                arrived stays, also if the move fails after it. Errors are raised by the handle's `wait`, and logged.
 
         Raises:
             DeviceMemoryError: not enough free device memory; everything is still safe on the host, and a repeated call
                 goes on from there.
             CorruptionError: with `verify="digest"`, some bytes are not those that left. The move was undone, and the
                 host copy is kept; the message says whether repeating the call can help.
-            StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved.
+            OffloadedError: weights were derived, and main weights would still be away; nothing was moved.
+            StateChangedError: another manager has it away, or somebody resized what was away; nothing was moved. Or
+                derived weights would not be what they were, because main weights have changed; the move was undone.
             AgreementError: with `group`, ranks made different calls; nothing was moved.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
@@ -585,10 +607,10 @@ class MemoryManager:
             move.kinds.update(reports)
             move.notes.extend(notes)
 
-        one_by_one = tuple(kind for kind in ORDER_OF_USE if kind in wanted)
+        one_by_one = tuple(kind for kind in self._engine.order_of_return if kind in wanted)
         call = Call(
             _in_words("onload", wanted, "non_blocking" * non_blocking),
-            one_by_one if non_blocking else (None,),
+            self._with_answers(wanted, one_by_one if non_blocking else (None,)),
             wait_for_memory,
         )
         return self._run("onload", wanted, act, non_blocking, call)
@@ -755,6 +777,13 @@ class MemoryManager:
         return self.onload(StateKind.GRAD_BUFFERS)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _with_answers(self, wanted: Sequence[StateKind], points: tuple[Point, ...]) -> tuple[Point, ...]:
+        """The points of a call, with the one in which ranks ask each other about weights that are derived."""
+        if not self._engine.derives_weights or StateKind.WEIGHTS not in wanted:
+            return points
+        number = points.index(StateKind.WEIGHTS) if StateKind.WEIGHTS in points else 0
+        return (*points[:number], ANSWERS, *points[number:])
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -27,6 +27,8 @@ class KindPlan:
             question); 0 for what is not copied, and for what is on disk.
         disk_bytes: the same of a file.
         tier: where its copy goes, or is; None for what is not copied.
+        derived_bytes: device memory that needs no copy, because it is rebuilt from main weights; for a kind that is
+            still here, if an offload finds that it can be.
     """
 
     kind: StateKind
@@ -36,6 +38,7 @@ class KindPlan:
     host_bytes: int
     disk_bytes: int = 0
     tier: Tier | None = None
+    derived_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class MovePlan:
             f"device, {format_bytes(entry.host_bytes)} on the host"
             + (f", {format_bytes(entry.disk_bytes)} on disk" if entry.disk_bytes else "")
             + (f" ({entry.tier})" if entry.tier else "")
+            + (f", {format_bytes(entry.derived_bytes)} to be rebuilt" if entry.derived_bytes else "")
             for entry in self.kinds.values()
         ]
         lines.append(

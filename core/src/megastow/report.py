@@ -52,6 +52,7 @@ class KindReport:
         host_bytes: bytes of host memory that hold the copy, alignment included; 0 for what was not copied.
         seconds: time that reserving, copying, zero-filling and releasing this kind took.
         disk_bytes: bytes of the file that holds the copy instead.
+        derived_bytes: bytes of device storage that are in no copy, because they are rebuilt from main weights.
     """
 
     kind: StateKind
@@ -61,6 +62,7 @@ class KindReport:
     host_bytes: int = 0
     seconds: float = 0.0
     disk_bytes: int = 0
+    derived_bytes: int = 0
 
     @property
     def bytes_per_second(self) -> float:
@@ -109,6 +111,11 @@ class TransferReport:
         return sum(k.disk_bytes for k in self.kinds.values())
 
     @property
+    def derived_bytes(self) -> int:
+        """Device bytes that are in no copy, because they are rebuilt from main weights."""
+        return sum(k.derived_bytes for k in self.kinds.values())
+
+    @property
     def bytes_per_second(self) -> float:
         """Device bytes over the seconds of the whole call."""
         return self.device_bytes / self.seconds if self.seconds else 0.0
@@ -126,6 +133,7 @@ class TransferReport:
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "disk_bytes": self.disk_bytes,
+            "derived_bytes": self.derived_bytes,
             "seconds": self.seconds,
             "bytes_per_second": self.bytes_per_second,
             "before": dataclasses.asdict(self.before),
@@ -143,6 +151,7 @@ class TransferReport:
             f"memory in {self.seconds:.3f} s ({self.bytes_per_second / 1e9:.2f} GB/s), "
             f"{format_bytes(self.host_bytes)} of host memory"
             + (f" and {format_bytes(self.disk_bytes)} on disk" if self.disk_bytes else "")
+            + (f", {format_bytes(self.derived_bytes)} from main weights" if self.derived_bytes else "")
             + ", device in use "
             f"{format_bytes(self.before.driver_bytes)} -> {format_bytes(self.after.driver_bytes)}"
             + (f" [{'; '.join(self.notes)}]" if self.notes else "")

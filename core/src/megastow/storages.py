@@ -30,6 +30,7 @@ class StorageRecord:
         keep: whether its bytes must be copied out.
         transient: whether only passing tensors lie on it (see `TensorGroup`).
         tensors: name and tensor, each tensor object once.
+        derived: whether its bytes follow from others, and need not be copied out (`derived.py`).
     """
 
     storage: torch.UntypedStorage
@@ -37,6 +38,7 @@ class StorageRecord:
     keep: bool
     transient: bool = False
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    derived: bool = False
 
     @property
     def nbytes(self) -> int:

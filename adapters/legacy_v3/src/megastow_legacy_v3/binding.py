@@ -11,14 +11,16 @@ one before has arrived.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megastow import collect
+from megastow.derived import DerivableBuffer
 from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
+from megastow.megatron_derived import derivable_buffers
 from megastow.megatron_layouts import captured_modules, quantized_parameters, refuse
 from megastow.megatron_parts import launched_by_buckets, leaves, wait_until_idle
 from megastow.state import Inventory, StateKind
@@ -71,6 +73,10 @@ class LegacyV3Binding(MegatronBinding):
         for path, buffer in self._buffers():
             weights.add(f"{path}.param_data", buffer.param_data)
             grads.add(f"{path}.grad_data", buffer.grad_data)
+
+    def derivable_buffers(self) -> Iterable[DerivableBuffer]:
+        """The buffers of the distributed optimizer, each gathered by its data-parallel group."""
+        return derivable_buffers(self._buffers(), self._optimizer, lambda buffer, _: buffer.data_parallel_group)
 
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Wait until no collective reads or writes the buffers; why that is all: see `launched_by_buckets`.

@@ -6,15 +6,17 @@ imports Megatron: the instances are there already, and their attributes say what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megastow import collect
+from megastow.derived import DerivableBuffer
 from megastow.errors import TransferError
 from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
+from megastow.megatron_derived import derivable_buffers
 from megastow.megatron_parts import wait_until_idle
 from megastow.state import Inventory, StateKind
 from megastow_mcore.layout import bucket_groups, flat_buffers, refuse_unsupported
@@ -73,6 +75,18 @@ class McoreBinding(MegatronBinding):
             grads.add(f"buffers[{number}].grad_data", buffer.grad_data)
             for index, tensor in enumerate(getattr(buffer, "extra_main_grads", None) or ()):
                 grads.add(f"buffers[{number}].extra_main_grads[{index}]", tensor)
+
+    def derivable_buffers(self) -> Iterable[DerivableBuffer]:
+        """The buffers of the distributed optimizer, gathered by the groups that its bucket groups use."""
+        groups = {
+            id(bucket): getattr(group, "intra_distributed_optimizer_instance_group", None) or group.data_parallel_group
+            for chunk in self._model
+            for group in bucket_groups(chunk)
+            for bucket in group.buckets
+        }
+        buffers = [buffer for chunk in self._model for buffer in flat_buffers(chunk)]
+        named = [(f"buffers[{number}]", buffer) for number, buffer in enumerate(buffers)]
+        return derivable_buffers(named, self._optimizer, lambda _, bucket: groups[id(bucket)])
 
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Wait until no collective reads or writes the buffers.

@@ -26,7 +26,7 @@ def failure(case: Case) -> None:
     """
     trainer = trained(case)
     before = _after_an_ordinary_cycle(case, trainer, keep_grads=True)
-    for number, name in enumerate(name for name in faults.POINTS if not name.startswith("disk")):
+    for number, name in enumerate(name for name in faults.POINTS if not name.startswith(("disk", "derive"))):
         first, second = _ERRORS if number % 2 else _ERRORS[::-1]
         strikes = [(first, 0), (second, 2), (second, 0), (first, 2)]
         for error, after in strikes if case.row.scope == "full" else strikes[:2]:

@@ -64,7 +64,7 @@ def training_through_faults(case: Case) -> None:
         need_megastow(case, manager, "only megastow's own moves have named steps")
         if point is not Point.AFTER_ZERO_GRAD:
             return
-        points = [name for name in faults.POINTS if not name.startswith("disk")]
+        points = [name for name in faults.POINTS if not name.startswith(("disk", "derive"))]
         most = len(points) // (1 if case.row.scope == "full" else 3)
         for name in choose.sample(points, most):
             try:
