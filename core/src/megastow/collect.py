@@ -6,12 +6,12 @@ Shared by the adapters, so that each of them only says what is special about its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from megastow.errors import InvalidArgumentError
-from megastow.state import Inventory, StateKind, TensorGroup
+from megastow.state import Inventory, Ranks, StateKind, TensorGroup
 
 NamedModules = Sequence[tuple[str, torch.nn.Module]]
 """What `named_modules` found: one walk serves a whole inventory."""
@@ -86,20 +86,30 @@ def largest_dtype(modules: Sequence[torch.nn.Module]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def add_modules(inventory: Inventory, modules: NamedModules) -> None:
+def add_modules(
+    inventory: Inventory, modules: NamedModules, replicas: Callable[[torch.Tensor], Ranks] = lambda parameter: ()
+) -> None:
     """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies).
 
     What an adapter has listed before keeps the kind that it was given: a wrapper's own flat gradient buffer, kept as an
     attribute, is no weight.
+
+    Args:
+        inventory: where they are listed.
+        modules: the modules.
+        replicas: over which ranks a parameter is the same (see `TensorGroup`); buffers often are not.
     """
     listed = {_storage_of(tensor) for known in inventory.groups for _, tensor in known.tensors}
-    group = inventory.group(StateKind.WEIGHTS, "parameters and buffers")
+    groups: dict[Ranks, TensorGroup] = {(): inventory.group(StateKind.WEIGHTS, "parameters and buffers")}
     others = inventory.group(StateKind.WEIGHTS, "tensor attributes of modules", transient=True)
     for path, module in modules:
         attributes = vars(module)
         for table in ("_parameters", "_buffers"):
             for name, tensor in list(attributes[table].items()):
-                group.add(f"{path}.{name}" if path else name, tensor)
+                ranks = replicas(tensor) if table == "_parameters" and tensor is not None else ()
+                if ranks not in groups:
+                    groups[ranks] = inventory.group(StateKind.WEIGHTS, "replicated parameters", replicas=ranks)
+                groups[ranks].add(f"{path}.{name}" if path else name, tensor)
         for name, value in tensor_attributes(module):
             if _storage_of(value) not in listed:
                 others.add(f"{path}.{name}" if path else name, value)

@@ -21,7 +21,8 @@ What is not kept (gradient buffers) has no second copy. It is released last, aft
 first byte of it is gone there is no way back, and an interruption then ends the move instead of undoing it.
 
 Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
-undone on all; one that all have confirmed is ended by each, as if the first byte were gone.
+undone on all; one that all have confirmed is ended by each, as if the first byte were gone. What they share, or may
+share (`replicas.py`), is released after that vote, too: a rank cannot refill it alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -46,9 +47,11 @@ from megastow.flat import FlatTensors
 from megastow.forking import process_lock
 from megastow.host import HostArena, align_up
 from megastow.plan import KindPlan, MovePlan
+from megastow.replicas import NO_REPLICAS, Replicas
 from megastow.report import KindReport, format_bytes
+from megastow.shares import Share
 from megastow.staging import StagedArrival, Staging
-from megastow.state import ORDER_OF_USE, Inventory, Residency, StateKind
+from megastow.state import ORDER_OF_USE, Inventory, Ranks, Residency, StateKind
 from megastow.storages import StorageRecord, _some, belongs_to, byte_view, find_storages, storage_id
 from megastow.tiers import HostMemory, Placement, Region, Tier
 from megastow.transport import HostSlice, Transport
@@ -76,8 +79,19 @@ _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 _CLAIMING = process_lock()
 """All engines of the process, and what is held while one of them looks at what the others have."""
 
-RegionKey = tuple[StateKind, bool]
-"""What has a region of host memory to itself: a kind's lasting state, and what is transient of it."""
+
+class RegionKey(NamedTuple):
+    """What has a region of host memory to itself.
+
+    Attributes:
+        kind: the kind.
+        transient: what is transient of it, or what is lasting.
+        is_shared: what ranks may share of it, or what is this rank's own.
+    """
+
+    kind: StateKind
+    transient: bool = False
+    is_shared: bool = False
 
 
 @dataclass
@@ -90,6 +104,7 @@ class Parked:
         kind: the kind it moves with.
         names: what the inventory called the tensors on it.
         host: its bytes, or None if they were not kept and it comes back as zeros.
+        peers: the ranks that may share it; see `replicas`.
         released: whether the device side was (or was about to be) given up.
         digest: of its bytes when they left; None where none was asked for, and where nothing is kept.
     """
@@ -99,13 +114,29 @@ class Parked:
     kind: StateKind
     names: tuple[str, ...]
     host: HostSlice | None
+    peers: Ranks = ()
     released: bool = False
     digest: Digest | None = None
 
     @property
+    def share(self) -> Share | None:
+        """What this rank keeps of it; None for the whole, or nothing."""
+        return None if self.host is None else self.host.share
+
+    @property
+    def digest_value(self) -> int | None:
+        """Its digest, once that was read."""
+        return None if self.digest is None else self.digest.value
+
+    @property
+    def leaves_last(self) -> bool:
+        """Whether it cannot be refilled by this rank alone, and so is released after all that could fail."""
+        return self.host is None or bool(self.peers)
+
+    @property
     def is_orphan(self) -> bool:
         """Whether no tensor is left on the storage and nobody else holds it, so that nobody would miss it."""
-        return belongs_to(self, 0)
+        return self.share is None and belongs_to(self, 0)
 
 
 class Engine:
@@ -125,8 +156,10 @@ class Engine:
         host_memory: HostMemory = "pinned",
         folder: DiskFolder | None = None,
         digests: bool = False,
+        replicas: Replicas = NO_REPLICAS,
     ) -> None:
         self._device = device
+        self._replicas = replicas
         self._digester = Digester(device)
         self._makes_digests = digests
         staging = Staging(device, chunk_bytes)
@@ -172,16 +205,30 @@ class Engine:
         """What a reader should know of the tiers in which kinds are kept; nothing if they are where they would be."""
         demoted = self._arena.demoted()
         return [
-            f"{kind} is kept in the tier {demoted[kind, transient][0]}: {demoted[kind, transient][1]}"
+            f"{kind} is kept in the tier {tier}: {why}"
             for kind in kinds
-            for transient in (False, True)
-            if (kind, transient) in demoted
+            for key, (tier, why) in demoted.items()
+            if isinstance(key, RegionKey) and key.kind is kind
         ]
+
+    def sharing_notes(self, kinds: Collection[StateKind]) -> list[str]:
+        """What a reader should know of storages that ranks could not share; nothing if they share all."""
+        notes: list[str] = []
+        for kind in kinds:
+            whole = [p for p in self._parked.get(kind, ()) if p.peers and p.share is None]
+            if whole:
+                notes.append(
+                    f"{len(whole)} storages of {kind} ({_some(tuple(p.names[0] for p in whole))}) are not the same on "
+                    f"ranks {', '.join(map(str, whole[0].peers))}, and each keeps all of them"
+                )
+        return notes
 
     def find(self, inventory: Inventory, kinds: Collection[StateKind]) -> list[StorageRecord]:
         """The storages of `kinds` on the device; raises for what could not be moved."""
         away = {storage_id(p.storage) for entries in self._parked.values() for p in entries}
-        return find_storages(inventory, kinds, away)
+        records = find_storages(inventory, kinds, away)
+        self._replicas.assign(records)
+        return records
 
     def plan(self, inventory: Inventory, kinds: Sequence[StateKind], *, keep_grads: bool) -> MovePlan:
         """What an offload of `kinds` would give and take now; changes nothing.
@@ -210,9 +257,9 @@ class Engine:
             disk=self._arena.disk_space(),
             problem=placement.problem,
             notes=tuple(
-                f"{kind} would be kept on disk: {placement.reasons[kind, transient]}"
-                for kind, transient in sizes
-                if (kind, transient) in placement.reasons
+                f"{key.kind} would be kept on disk: {placement.reasons[key]}"
+                for key in sizes
+                if key in placement.reasons
             ),
         )
 
@@ -282,13 +329,14 @@ class Engine:
         unfinished = {kind: entries for kind, entries in unfinished.items() if entries}
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
+            self._replicas.compare(self._may_share(kinds), ballot)  # the others may have something to move
             return reports
         with self._during("offload", [*moving, *unfinished], Residency.OFFLOADING):
             records = self._pack(inventory, moving, keep_grads)
             clock = _KindClock()
             plans = self._plan(records, moving, keep_grads, clock)
             del records  # they hold storages
-            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, clock, ballot)
+            self._move_out({**plans, **{kind: self._parked[kind] for kind in unfinished}}, clock, ballot, kinds)
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -329,6 +377,7 @@ class Engine:
         reports = {k: KindReport(k, moved=False) for k in kinds}
         notes: list[str] = []
         if not moving:
+            self._replicas.meet([], ballot)
             return reports, notes
 
         def tell(kind: StateKind) -> None:
@@ -370,6 +419,7 @@ class Engine:
         self._parked = {kind: [] for kind in self._parked}
         self._transport.settle()  # before the memory goes that an interrupted move may still use
         self._arena.close()
+        self._replicas.close()
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -427,13 +477,14 @@ class Engine:
                 regions[key] = self._arena.reserve(key, nbytes)
         for kind in kinds:
             with clock.running(kind):
-                for record in (r for r in records if r.kind is kind):
-                    parked = Parked(record.storage, record.nbytes, kind, record.names, None)
+                # In an order which is the same on all ranks for what they share; see `gather`.
+                for record in sorted((r for r in records if r.kind is kind), key=lambda record: record.peers):
+                    parked = Parked(record.storage, record.nbytes, kind, record.names, None, record.peers)
                     plans[kind].append(parked)
                     if record.keep or keep_grads:
                         key = _region_key(record)
-                        parked.host = HostSlice(regions[key], offsets[key], parked.nbytes)
-                        offsets[key] += align_up(parked.nbytes, unit)
+                        parked.host = HostSlice(regions[key], offsets[key], record.kept_bytes, record.share)
+                        offsets[key] += align_up(record.kept_bytes, unit)
         return plans
 
     def _forget(self, kinds: Iterable[StateKind]) -> None:
@@ -441,11 +492,21 @@ class Engine:
         for kind in kinds:
             self._parked.pop(kind, None)
 
-    def _move_out(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock, ballot: Ballot) -> None:
+    def _may_share(self, kinds: Collection[StateKind]) -> list[Parked]:
+        """What ranks share of kinds that are away, or may share of those that are about to leave."""
+        return [p for kind in ORDER_OF_USE if kind in kinds for p in self._parked.get(kind, ()) if p.peers]
+
+    def _move_out(
+        self,
+        plans: Mapping[StateKind, list[Parked]],
+        clock: _KindClock,
+        ballot: Ballot,
+        kinds: Collection[StateKind],
+    ) -> None:
         """Copy everything that is kept, and release each storage when its bytes have arrived.
 
         Undone if interrupted, until all ranks have confirmed it or the first byte goes that was not kept. See [Note:
-        what is true at which moment].
+        what is true at which moment]. The kinds are those of the call, with what is away already.
         """
         before = self.released_bytes
         self._claim(plans)
@@ -469,19 +530,24 @@ class Engine:
                     self._release(parked, arrival, clock)
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
+            different = self._replicas.compare(self._may_share(kinds), ballot)
+            if different:
+                self._keep_whole(different, clock)
             faults.point("offload.drop")
             ballot.confirm()
             self._drop(plans, clock)
         except BaseException as error:
             self._settle()  # ahead of a wait in which a user loses patience
             is_confirmed = not ballot.withdraw(error)
-            dropped = (p for entries in plans.values() for p in entries if p.host is None and id(p) not in gone)
+            dropped = (p for entries in plans.values() for p in entries if p.leaves_last and id(p) not in gone)
             if is_confirmed or any(p.released for p in dropped):
                 self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
                 raise
-            self._refill(plans, _KindClock())
+            # What is shared and was away before the call stays away: it takes all ranks to bring it back.
+            undone = {k: entries for k, entries in plans.items() if not any(p.share and p.released for p in entries)}
+            self._refill(undone, _KindClock())
             self.released_bytes = before
-            self._forget(plans)
+            self._forget(undone)
             raise
 
     def _claim(self, plans: Mapping[StateKind, list[Parked]]) -> None:
@@ -510,7 +576,7 @@ class Engine:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
-            if self._makes_digests:
+            if self._makes_digests or parked.peers:
                 parked.digest = self._digester.begin(parked.storage)
             self._transport.copy_out(parked.storage, parked.host)
             return self._transport.arrival()
@@ -522,18 +588,49 @@ class Engine:
         clock.add(parked.kind, arrival.host_seconds)
         if parked.digest is not None:
             parked.digest.computed.wait()
+        if parked.leaves_last:
+            return
         with clock.running(parked.kind):
             faults.point("offload.release")
             parked.released = True
             parked.storage.resize_(0)
             self.released_bytes += parked.nbytes
 
+    def _keep_whole(self, different: Collection[Parked], clock: _KindClock) -> None:
+        """Copy what ranks cannot share after all, and what has its place on the host beside it; nothing was released.
+
+        Raises:
+            StateChangedError: some of that is away already.
+        """
+        whole = {id(parked) for parked in different}
+        for kind in dict.fromkeys(parked.kind for parked in different):
+            entries = self._may_share([kind])
+            if any(parked.released for parked in entries):
+                raise StateChangedError(
+                    f"some of {kind} is offloaded in parts by several ranks, and the rest is not the same on all of "
+                    "them. Nothing was moved. Onload on all ranks first"
+                )
+            shares = [None if id(parked) in whole else parked.share for parked in entries]
+            kept = [p.nbytes if s is None else s.kept_bytes for p, s in zip(entries, shares, strict=True)]
+            key = RegionKey(kind, is_shared=True)
+            nbytes = sum(align_up(each, self._arena.unit_bytes) for each in kept)
+            with clock.running(kind):
+                self._arena.check({key: nbytes})
+                region = self._arena.reserve(key, nbytes)
+            offset = 0
+            with self._device.copying(), clock.copying(kind, self._device):
+                for parked, share, size in zip(entries, shares, kept, strict=True):
+                    parked.host = HostSlice(region, offset, size, share)
+                    offset += align_up(size, self._arena.unit_bytes)
+                    self._transport.copy_out(parked.storage, parked.host)
+        self._transport.confirm()
+
     def _drop(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
-        """Release what was not kept. Doing it again is fine."""
+        """Release what had to wait for all ranks, and what was not kept. Doing it again is fine."""
         for kind, entries in plans.items():
             with clock.running(kind):
                 for parked in entries:
-                    if parked.host is None and not (parked.released and parked.storage.nbytes() == 0):
+                    if parked.leaves_last and not (parked.released and parked.storage.nbytes() == 0):
                         parked.released = True
                         parked.storage.resize_(0)
                         self.released_bytes += parked.nbytes
@@ -556,7 +653,8 @@ class Engine:
             for parked in entries:
                 self._check_untouched(parked)
         released = [p for entries in plans.values() for p in entries if p.released]
-        verifies = not unverified and any(p.digest is not None for p in released)
+        verifies = self._makes_digests and not unverified and any(p.digest is not None for p in released)
+        shared = [p for p in released if p.share is not None]
         scratch = SCRATCH_BYTES if verifies else 0
         needed = sum(p.nbytes for p in released) + scratch
         if permit is None:
@@ -569,14 +667,21 @@ class Engine:
         wanted = 0
         try:
             # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
-            # by storage, and each kind is told before the next one waits for memory.
+            # by storage, and each kind is told before the next one waits for memory; but what is shared at first, for
+            # the other ranks wait for it.
+            for part in [released] if permit is None else [[parked] for parked in shared]:
+                if permit is not None:
+                    wanted += part[0].nbytes
+                    permit(part[0].nbytes + scratch, wanted + scratch)
+                self._take(part, taken, clock, permit)
+            self._transport.gather(self._replicas.meet(shared, ballot))
             for kinds in [list(plans)] if permit is None else [[kind] for kind in plans]:
                 batch = [p for kind in kinds for p in plans[kind] if p.released]
                 for part in [batch] if permit is None else [[parked] for parked in batch]:
-                    if permit is not None:
+                    if permit is not None and part[0].share is None:
                         wanted += part[0].nbytes
                         permit(part[0].nbytes + scratch, wanted + scratch)
-                    self._take(part, taken, clock, permit)
+                        self._take(part, taken, clock, permit)
                     with self._device.copying():
                         for parked in part:
                             with clock.copying(parked.kind, self._device):
@@ -705,7 +810,7 @@ class _KindClock:
 
 def _region_key(record: StorageRecord) -> RegionKey:
     """Which region of host memory a storage goes to."""
-    return record.kind, record.transient
+    return RegionKey(record.kind, record.transient, bool(record.peers))
 
 
 def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -> dict[RegionKey, int]:
@@ -714,8 +819,8 @@ def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -
     for record in records:
         if record.keep or keep_grads:
             key = _region_key(record)
-            sizes[key] = sizes.get(key, 0) + align_up(record.nbytes, unit)
-    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key[0]), not key[1]))}
+            sizes[key] = sizes.get(key, 0) + align_up(record.kept_bytes, unit)
+    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key.kind), not key.transient))}
 
 
 def _as_planned(
@@ -727,7 +832,8 @@ def _as_planned(
     unit: int,
 ) -> KindPlan:
     mine = [record for record in records if record.kind is kind]
-    kept = [(placement.tiers[_region_key(r)], align_up(r.nbytes, unit)) for r in mine if r.keep or keep_grads]
+    lasting = [record for record in mine if not record.transient]
+    kept = [(placement.tiers[_region_key(r)], align_up(r.kept_bytes, unit)) for r in mine if r.keep or keep_grads]
     return KindPlan(
         kind,
         residency,
@@ -735,7 +841,7 @@ def _as_planned(
         device_bytes=sum(r.nbytes for r in mine),
         host_bytes=_in_memory(kept),
         disk_bytes=_on_disk(kept),
-        tier=placement.tiers.get((kind, False)),
+        tier=next((placement.tiers[key] for key in map(_region_key, lasting) if key in placement.tiers), None),
     )
 
 
@@ -748,7 +854,7 @@ def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked],
 
 
 def _report(kind: StateKind, entries: Sequence[Parked], seconds: float, unit: int) -> KindReport:
-    kept = [(p.host.region.tier, align_up(p.nbytes, unit)) for p in entries if p.host is not None]
+    kept = [(p.host.region.tier, align_up(p.host.nbytes, unit)) for p in entries if p.host is not None]
     return KindReport(
         kind,
         moved=True,
@@ -784,8 +890,15 @@ def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
     for parked in damaged:
         tensors.setdefault(str(parked.kind), []).extend(parked.names)
     found = "; ".join(f"{_some(tuple(names))} ({kind})" for kind, names in tensors.items())
-    changed = [p for p in damaged if _is_damaged_on_host(p)]
-    if changed:
+    shared = [p for p in damaged if p.share is not None]
+    changed = [p for p in damaged if p.share is None and _is_damaged_on_host(p)]
+    if shared and not changed:
+        reason = (
+            "Several ranks keep parts of it in host memory, and this one cannot tell whether one of those is damaged, "
+            "or only the way back was bad. Repeat the call; if it fails again, onload(unverified=True) brings back "
+            "what there is: load a checkpoint then, or bear the damage"
+        )
+    elif changed:
         names = tuple(name for parked in changed for name in parked.names)
         reason = (
             f"The copy in host memory itself is damaged ({_some(names)}), so that a repeated call fails too. It is "
@@ -796,7 +909,7 @@ def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
     return CorruptionError(
         f"other bytes came back than have left, and nothing was brought back: storages of {found}. {reason}",
         tensors={kind: tuple(names) for kind, names in tensors.items()},
-        host_is_damaged=bool(changed),
+        host_is_damaged=bool(changed or shared),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
+from megastow import machine
 from megastow.adapter import BoundAdapter
 from megastow.agreement import ALONE, DEFAULT_AGREE_SECONDS, Agreement, Ballot, Call, agreement_of
 from megastow.device import device_for
@@ -35,6 +36,7 @@ from megastow.host_view import HostViews, host_state_dict, host_tensor
 from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
+from megastow.replicas import NO_REPLICAS, Circle, HostReplicas
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.state import ALL_KINDS, ORDER_OF_USE, KindLike, Residency, StateKind, parse_kinds
 from megastow.tiers import HOST_MEMORY, HostMemory
@@ -57,6 +59,7 @@ def create_memory_manager(
     verify: Literal["none", "digest"] = "none",
     group: torch.distributed.ProcessGroup | None = None,
     agree_timeout: float = DEFAULT_AGREE_SECONDS,
+    replicas: bool = False,
 ) -> MemoryManager:
     """Make the manager of a trainer's (or any module's) device memory.
 
@@ -84,20 +87,33 @@ def create_memory_manager(
             none. Managers of a group are made in the same order on all of its ranks. None: each rank on its own.
         agree_timeout: seconds that ranks wait for each other at the start and before the end of such a call; with the
             default well under NCCL's. It has to cover what ranks are apart when they call.
+        replicas: of what is the same on several ranks of a host (data-parallel weights; without the distributed
+            optimizer all lasting state), each keeps only its part in host memory. On the way back each brings its part
+            over its own link, and an all-gather rebuilds the whole in place: NCCL on a GPU, with a communicator of its
+            own; gloo on the CPU. It takes no device memory beside NCCL's own. The ranks move together, as with `group`,
+            which is `torch.distributed.group.WORLD` if it is not given. Digests (see `verify`) tell in every offload
+            whether the bytes really are the same; of what is not, each rank keeps all, and the report says so. What is
+            shared is released at the end of an offload, when all ranks have confirmed it. A rank that is lost takes its
+            part with it; views of host memory (`host_tensor`, `host_state_dict`, `on_host`) of what is shared raise
+            `NotOnHostError`; and `close` is collective while something is offloaded. See `megastow.replicas`.
 
     Raises:
         InvalidTypeError: `model` is not a module or a list of modules.
         InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory` or
             `verify`, or a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
-            for it.
+            for it; `replicas` without torch.distributed.
         AgreementError: the ranks of `group` made different calls.
         PeerError: another rank of `group` failed, or did not come within `agree_timeout`.
         AdapterSelectionError: not exactly one adapter accepts.
         UnsupportedLayoutError: the adapter knows that layout and cannot move it.
         StateChangedError: another manager has offloaded this model at present.
     """
+    if replicas and group is None:
+        group = _world()
     agreement = agreement_of(group, agree_timeout)
-    with agreement.making(Call(f"create_memory_manager(agree_timeout={agree_timeout:g})")) as ballot:
+    options = f", replicas=True, chunk_bytes={chunk_bytes}" if replicas else ""
+    call = Call(f"create_memory_manager(agree_timeout={agree_timeout:g}{options})", exchanges=replicas)
+    with agreement.making(call) as ballot:
         manager = _create(
             model,
             optimizer,
@@ -108,6 +124,7 @@ def create_memory_manager(
             host_memory=host_memory,
             disk_folder=disk_folder,
             verify=verify,
+            circle=_circle(group, agreement, agree_timeout, ballot) if replicas and group is not None else None,
         )
         try:
             ballot.confirm()
@@ -128,6 +145,7 @@ def _create(
     host_memory: HostMemory,
     disk_folder: str | os.PathLike[str] | None,
     verify: Literal["none", "digest"],
+    circle: Circle | None,
 ) -> MemoryManager:
     """Check the arguments, choose the adapter, make the manager."""
     given: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
@@ -158,7 +176,28 @@ def _create(
         folder=folder,
         digests=verify == "digest",
         agreement=agreement,
+        circle=circle,
     )
+
+
+def _world() -> torch.distributed.ProcessGroup:
+    """All ranks, for managers with replicas that are not told which."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise InvalidArgumentError(
+            "replicas=True needs torch.distributed, which is not initialised: there are no ranks to share with. Call "
+            "torch.distributed.init_process_group first, or leave replicas out"
+        )
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    return world
+
+
+def _circle(
+    group: torch.distributed.ProcessGroup, agreement: Agreement, seconds: float, ballot: Ballot
+) -> Circle | None:
+    """The ranks of a group by the hosts that they are on; None if there is only one rank."""
+    hosts = ballot.exchange(machine.host_identity(), torch.distributed.get_process_group_ranks(group))
+    return Circle(group, hosts, seconds, agreement.name) if hosts else None
 
 
 def _disk_folder(host_memory: HostMemory, disk_folder: str | os.PathLike[str] | None) -> DiskFolder:
@@ -239,6 +278,7 @@ class MemoryManager:
         folder: DiskFolder | None = None,
         digests: bool = False,
         agreement: Agreement | None = None,
+        circle: Circle | None = None,
     ) -> None:
         """Take charge of what an adapter has bound; use `create_memory_manager` instead.
 
@@ -255,7 +295,9 @@ class MemoryManager:
             host_memory=host_memory,
             folder=folder,
             digests=digests,
+            replicas=NO_REPLICAS if circle is None else HostReplicas(self._device, circle, chunk_bytes),
         )
+        self._shares = circle is not None
         self._agreement = agreement or Agreement()
         self._guard = Guard()
         self._lock = threading.RLock()
@@ -464,8 +506,12 @@ class MemoryManager:
             )
             move.kinds.update(reports)
             move.notes.extend(self._engine.tier_notes(moving))
+            move.notes.extend(self._engine.sharing_notes(moving))
 
-        call = Call(_in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking))
+        call = Call(
+            _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking),
+            exchanges=self._shares,
+        )
         return self._run("offload", wanted, act, non_blocking, call)
 
     @overload
@@ -544,6 +590,7 @@ class MemoryManager:
             _in_words("onload", wanted, "non_blocking" * non_blocking),
             one_by_one if non_blocking else (None,),
             wait_for_memory,
+            self._shares,
         )
         return self._run("onload", wanted, act, non_blocking, call)
 
@@ -628,6 +675,8 @@ class MemoryManager:
     def close(self, *, discard: bool = False) -> None:
         """Bring everything back, remove the hook, and give host memory back. Closing twice is fine.
 
+        With replicas, bringing back takes all ranks: they all close (or call `onload`) while something is offloaded.
+
         Args:
             discard: do not bring anything back. What is offloaded is lost: the tensors stay empty, and using the model
                 or the optimizer keeps raising `OffloadedError`. For the end of a job.
@@ -635,6 +684,7 @@ class MemoryManager:
         Raises:
             DeviceMemoryError: what is offloaded does not fit back; the manager stays open and nothing is lost.
             CorruptionError: as from `onload`; the manager stays open.
+            PeerError, AgreementError: with replicas, other ranks did not do the same; the manager stays open.
         """
         with self._exclusive():
             if self._closed:
@@ -643,7 +693,8 @@ class MemoryManager:
             self._finish_preparing()
             self._discarded |= discard
             if not self._discarded:
-                with self._apart():
+                away = any(self._engine.is_away(kind) for kind in ALL_KINDS)
+                with contextlib.nullcontext() if self._shares and away else self._apart():
                     self.onload()
                 self._guard.close()
             self._engine.close()

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 
 from megastow.errors import StateChangedError, UnsupportedTensorError
-from megastow.state import ALL_KINDS, Inventory, StateKind
+from megastow.shares import Share
+from megastow.state import ALL_KINDS, Inventory, Ranks, StateKind
 
 
 @dataclass
@@ -29,6 +30,9 @@ class StorageRecord:
         kind: the kind it moves with.
         keep: whether its bytes must be copied out.
         transient: whether only passing tensors lie on it (see `TensorGroup`).
+        replicas: the ranks that hold the same bytes as a rule, by the first group that names any.
+        peers: those of them with which this rank may share it, itself among them; none if it shares nothing.
+        share: what this rank is to keep of it; None for the whole.
         tensors: name and tensor, each tensor object once.
     """
 
@@ -36,12 +40,20 @@ class StorageRecord:
     kind: StateKind
     keep: bool
     transient: bool = False
+    replicas: Ranks = ()
+    peers: Ranks = ()
+    share: Share | None = None
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storage now."""
         return self.storage.nbytes()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that a copy has of which this rank keeps its share."""
+        return self.nbytes if self.share is None else self.share.kept_bytes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,9 +119,11 @@ def find_storages(inventory: Inventory, kinds: Collection[StateKind], away: Coll
                 storage = tensor.untyped_storage()
                 record = records.get(storage_id(storage))
                 if record is None:
-                    record = records[storage_id(storage)] = StorageRecord(storage, kind, group.keep, group.transient)
+                    record = StorageRecord(storage, kind, group.keep, group.transient, group.replicas)
+                    records[storage_id(storage)] = record
                 record.keep |= group.keep
                 record.transient &= group.transient
+                record.replicas = record.replicas or group.replicas
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
                     record.tensors.append((name, tensor))
