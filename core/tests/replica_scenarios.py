@@ -314,8 +314,8 @@ def faults_of_an_onload():
 
 
 def a_rank_that_is_interrupted_twice():
-    """It makes no all-gather any more; the others notice at once, and all connect anew."""
-    trainer, manager = make()
+    """It makes no all-gather any more; the others notice, and all connect anew."""
+    trainer, manager = make(5.0)
     before = snapshot(trainer.tensors(KEPT))
     for _ in range(2):
         manager.offload()
@@ -325,7 +325,7 @@ def a_rank_that_is_interrupted_twice():
                 patch.setattr(Gathering, "_begin", _interrupted(Gathering._begin, after=3))
             with pytest.raises((KeyboardInterrupt, PeerError), match=r"rank 1 failed: KeyboardInterrupt|^$"):
                 manager.onload()
-        assert time.monotonic() - start < LONG / 2
+        assert time.monotonic() - start < LONG  # the limit, and what gloo takes to end what was under way
         assert_all(manager, Residency.OFFLOADED)
         manager.onload()
         assert_same(before, snapshot(trainer.tensors(KEPT)))
