@@ -175,7 +175,7 @@ def test_passing_tensors_have_host_memory_of_their_own():
         before = snapshot(tensors)
         rig.engine.offload(inventory, [W], keep_grads=False)
         assert device_bytes(tensors) == 0
-        addresses.add(rig.engine._arena._regions[W, False].bytes.data_ptr())
+        addresses.add(rig.engine._arena._regions[RegionKey(W)].bytes.data_ptr())
         rig.engine.onload([W])
         assert_same(before, snapshot(tensors))
     assert len(addresses) == 1, "the memory of lasting state was locked anew because of what passes"

@@ -278,8 +278,10 @@ class Gathering:
                 self._begun[0].end()
                 self._begun.popleft()
         except BaseException:
-            for left in (*self._steps, *self._begun):
-                left.communicator.close()
+            for step in self._steps:
+                step.communicator.close()
+            for each in self._begun:
+                each.communicator.close()
             raise
         if failed is not None:
             logger.warning("shared state could not be gathered to the end: %s", failed)
