@@ -55,8 +55,8 @@ def test_one_of_three_is_killed(ranks):
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
-@pytest.mark.parametrize("nbytes", [1, 511, 512, 1024, 4096, 10_000, 12_288, 100_001])
-@pytest.mark.parametrize("chunk_bytes", [512, 1024, 1 << 20])
+@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 8192, 65_536, 98_304, 300_001])
+@pytest.mark.parametrize("chunk_bytes", [4096, 8192, 1 << 20])
 def test_parts_cover_a_storage_once(world, nbytes, chunk_bytes):
     members = tuple(range(10, 10 + world))
     shares = [Share(members, rank, nbytes, chunk_bytes) for rank in members]

@@ -287,7 +287,8 @@ class _GroupBallot(Ballot):
         number, point = self._left[0]
         patience = 0.0 if point == "start" else self._call.patience
         # Who begins a call must not be taken for one who ends the same.
-        what = self._call.what if point == "start" else f"{self._call.what}, to the end{f' of {point}' * bool(point)}"
+        where = {"start": "", "exchange": ", to the exchange", None: ", to the end"}
+        what = self._call.what + where.get(point, f", to the end of {point}")
         decision, following = self._agreement.vote(number, what, patience)
         self._follow(decision, following)
         if self._is_void:

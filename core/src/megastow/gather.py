@@ -55,8 +55,10 @@ _LOOK_SECONDS = 0.25
 
 _C10D: Any = dist  # torch's stubs leave the stores out
 
-_ABANDONED: list[object] = []
+_TRIALS: dict[int, torch.Tensor] = {}
 """Memory that a collective may still write to, of communicators that did not come about; a few bytes each."""
+
+_ABORT_SECONDS = 10.0
 
 
 class Communicator:
@@ -106,9 +108,9 @@ class Communicator:
                 # NCCL connects at the first collective. Whether it can is to be known before anything depends on it.
                 trial = torch.full((size,), size, dtype=torch.uint8, device=device.torch_device)
                 trial[index] = index
-                _ABANDONED.append(trial)
+                _TRIALS[id(trial)] = trial
                 _Gather(made, made.all_gather(trial, trial[index : index + 1]), ballot, seconds).wait()
-                _ABANDONED.remove(trial)
+                del _TRIALS[id(trial)]
                 if trial.tolist() != list(range(size)):
                     raise RuntimeError(f"a trial gave {trial.tolist()}")
                 return made
@@ -135,11 +137,17 @@ class Communicator:
         work: Work = self._backend._allgather_base(whole, own)
         return work
 
-    def close(self) -> None:
-        """Abort what is under way, in a thread; does not wait. Closing twice is fine."""
+    def close(self, *, wait: bool = False) -> None:
+        """Abort what is under way, in a thread. Closing twice is fine.
+
+        Args:
+            wait: give it some seconds; where nothing is under way, and the interpreter may be about to end.
+        """
         backend, self._backend = self._backend, None
         if backend is not None:
-            threading.Thread(target=_abort, args=(backend,), name="megastow-abort", daemon=True).start()
+            thread = threading.Thread(target=_abort, args=(backend,), name="megastow-abort", daemon=True)
+            thread.start()
+            thread.join(_ABORT_SECONDS if wait else 0.0)
 
     @property
     def is_closed(self) -> bool:

@@ -678,8 +678,9 @@ class MemoryManager:
         With replicas, bringing back takes all ranks: they all close (or call `onload`) while something is offloaded.
 
         Args:
-            discard: do not bring anything back. What is offloaded is lost: the tensors stay empty, and using the model
-                or the optimizer keeps raising `OffloadedError`. For the end of a job.
+            discard: do not bring anything back. What is offloaded is lost (with replicas, for the other ranks, too):
+                the tensors stay empty, and using the model or the optimizer keeps raising `OffloadedError`. For the end
+                of a job.
 
         Raises:
             DeviceMemoryError: what is offloaded does not fit back; the manager stays open and nothing is lost.

@@ -217,7 +217,7 @@ class HostReplicas(Replicas):
     def close(self) -> None:
         for link in self._links.values():
             if link.communicator is not None:
-                link.communicator.close()
+                link.communicator.close(wait=True)
         self._links.clear()
 
     # --- with the other ranks ----------------------------------------------------------------------------------------
