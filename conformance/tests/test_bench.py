@@ -188,11 +188,18 @@ def test_what_is_left_when_time_is_up_is_said(run_megastow):
 
 @pytest.mark.slow
 def test_every_rank_measures(run_megastow):
-    result, outcome = run_megastow("bench", "--repeats=1", "--rows=cycle", "--ranks=2")
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=cycle,replicas", "--ranks=2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(outcome["ranks"]) == 2
+    assert outcome["differences"] == []
     for rank in (0, 1):
-        assert rows_of(outcome, rank)["cycle"]["status"] == "measured"
+        rows = rows_of(outcome, rank)
+        assert rows["cycle"]["status"] == rows["replicas"]["status"] == "measured"
+        out, back, memory = rows["replicas"]["figures"]
+        assert [out["name"], back["name"], memory["name"]] == ["offload", "onload", "host memory"]
+        assert out["against"] == "2 times the memory copy out"
+        assert 1 <= memory["value"]["median"] < 1.2
+        assert not rows["replicas"]["notes"]
         assert outcome["ranks"][rank]["bounds"]["all_gather"]["bytes_per_second"] > 0
 
 

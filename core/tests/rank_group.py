@@ -1,11 +1,12 @@
 """Ranks as processes of their own, kept for several tests, because each imports torch. Nothing here calls megastow.
 
 The test process serves the key-value store through which the ranks find each other, on a port that the kernel chooses.
-A rank runs the functions of `rank_scenarios` that it is asked for by name, and answers with a line each time. What two
-ranks do is run by the first two of them, in a group of their own.
+A rank runs the functions of a module of scenarios that it is asked for by name, and answers with a line each time. What
+two ranks do is run by the first two of them, in a group of their own: `rank_scenarios.GROUP`.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -26,8 +27,9 @@ SECONDS = 60.0
 class RankGroup:
     """The processes, seen from the test; they are killed at the end, and when a scenario did not go well."""
 
-    def __init__(self, world):
+    def __init__(self, world, scenarios="rank_scenarios"):
         self.world = world
+        self.scenarios = scenarios
         self._processes = []
 
     def run(self, name, world, lost=()):
@@ -57,7 +59,7 @@ class RankGroup:
     def _start(self):
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
-            arguments = [str(n) for n in (rank, self.world, self._store.port)]
+            arguments = [str(n) for n in (rank, self.world, self._store.port, self.scenarios)]
             self._processes.append(
                 subprocess.Popen(
                     [sys.executable, __file__, *arguments],
@@ -75,9 +77,10 @@ class RankGroup:
         return json.loads(line) if line else "lost"
 
 
-def main(rank, world, port):
+def main(rank, world, port, scenarios):
     import rank_scenarios
 
+    module = importlib.import_module(scenarios)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever we were started from
     torch.set_num_threads(1)
     store = dist.TCPStore(
@@ -94,7 +97,7 @@ def main(rank, world, port):
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 if rank < int(size):
-                    getattr(rank_scenarios, name)()
+                    getattr(module, name)()
         except BaseException:
             answer = traceback.format_exc()
         answers.write(json.dumps(answer) + "\n")
@@ -102,4 +105,4 @@ def main(rank, world, port):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), sys.argv[4])

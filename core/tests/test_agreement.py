@@ -1,5 +1,6 @@
 """How ranks stay in step, whoever fails, comes late or leaves: threads with one store in place of processes."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from megastow import AgreementError, PeerError
-from megastow.agreement import ANSWERS, Call, GroupAgreement
+from megastow.agreement import ANSWERS, NOTES, Call, GroupAgreement
 
 SECONDS = 0.4
 
@@ -171,3 +172,79 @@ def test_an_interrupted_vote_counts_once(store):
     before = store.add(ranks[0]._key(0, "come"), 0)
     ranks[0].vote(0, "offload", 0.0)
     assert store.add(ranks[0]._key(0, "come"), 0) == before == 1
+
+
+# --- notes -----------------------------------------------------------------------------------------------------------
+
+
+def exchange(agreement, note, within=lambda: None):
+    """A call in which ranks tell each other something; what this one has heard, or the error."""
+    try:
+        with agreement.making(Call("offload", (NOTES, None))) as ballot:
+            within()
+            return ballot.exchange(note, (0, 1))
+    except (PeerError, RuntimeError) as error:
+        return error
+
+
+def test_ranks_hear_what_the_others_tell(store):
+    pair = members(store)
+    for number in range(3):
+        told = {0: f"zero {number}", 1: f"one {number}"}
+        assert together(*(lambda r=r, note=note: exchange(pair[r], note) for r, note in told.items())) == [told, told]
+    assert len([key for key in KEYS if store.check([f"megastow/1/{key}"])]) <= 4  # of the last rounds
+
+
+KEYS = [f"{number}/{rank}/note" for number in range(9) for rank in (0, 1)]
+
+
+def test_who_tells_nothing_has_told_nothing(store):
+    pair = members(store)
+    silent = lambda: make_exchanging(pair[1])  # noqa: E731
+    assert together(lambda: exchange(pair[0], "zero"), silent) == [{0: "zero", 1: ""}, "made"]
+
+
+def make_exchanging(agreement):
+    with agreement.making(Call("offload", (NOTES, None))):
+        pass
+    return "made"
+
+
+def test_who_fails_before_telling_is_not_waited_for(store):
+    pair = members(store, seconds=30.0)
+
+    def fail():
+        raise RuntimeError("no memory")
+
+    heard, raised = together(lambda: exchange(pair[0], "zero"), lambda: exchange(pair[1], "one", fail))
+    assert isinstance(heard, PeerError)
+    assert "rank 1 failed: RuntimeError: no memory" in str(heard)
+    assert isinstance(raised, RuntimeError)
+    assert together(*(lambda r=r: exchange(pair[r], "again") for r in (0, 1))) == [{0: "again", 1: "again"}] * 2
+
+
+def test_a_rank_that_works_sees_that_another_has_given_up(store):
+    pair = members(store, seconds=30.0)
+    given_up = threading.Event()
+
+    def works():
+        with pair[0].making(Call("onload")) as ballot:
+            ballot.look()  # nobody has
+            assert given_up.wait(30)
+            ballot.look()
+
+    def gives_up():
+        with contextlib.suppress(RuntimeError), pair[1].making(Call("onload")) as ballot:
+            ballot.withdraw(RuntimeError("interrupted"))
+            given_up.set()
+            raise RuntimeError("interrupted")
+
+    def outcome(work):
+        try:
+            return work()
+        except PeerError as error:
+            return str(error)
+
+    seen, _ = together(lambda: outcome(works), gives_up)
+    assert "rank 1 failed: RuntimeError: interrupted" in seen
+    assert both(pair) == ["made", "made"]

@@ -5,7 +5,7 @@ import torch
 from core_toys import Tensors, assert_same, device_bytes, junk, raw, snapshot
 
 from megastow.device import CpuDevice
-from megastow.engine import Engine
+from megastow.engine import Engine, RegionKey
 from megastow.state import Inventory, Residency, StateKind
 
 W, M, S, G = StateKind
@@ -109,7 +109,7 @@ def test_the_device_is_waited_for_before_and_released_after():
 def test_what_was_prepared_is_what_an_offload_then_takes(keep):
     rig = Rig(weights=[torch.randn(100) for _ in range(5)], grad_buffers=[torch.randn(10)])
     needed = rig.engine.prepare(rig.inventory, [W, M, S, G])
-    assert needed == {(W, False): 5 * 512}
+    assert needed == {RegionKey(W): 5 * 512}
     held = rig.engine.reserve(needed)
     rig.offload(W, G, keep_grads=keep)
     assert rig.engine.host_bytes == held + keep * 4096
@@ -175,7 +175,7 @@ def test_passing_tensors_have_host_memory_of_their_own():
         before = snapshot(tensors)
         rig.engine.offload(inventory, [W], keep_grads=False)
         assert device_bytes(tensors) == 0
-        addresses.add(rig.engine._arena._regions[W, False].bytes.data_ptr())
+        addresses.add(rig.engine._arena._regions[RegionKey(W)].bytes.data_ptr())
         rig.engine.onload([W])
         assert_same(before, snapshot(tensors))
     assert len(addresses) == 1, "the memory of lasting state was locked anew because of what passes"

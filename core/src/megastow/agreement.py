@@ -2,12 +2,13 @@
 
 [Note: how ranks agree]
 A call has rounds of voting: one at its start, in which all must have called the same, and one before what cannot be
-undone, which all must have reached. The rounds of a manager are numbered, and every rank goes through the same ones in
-the same order. What becomes of a round is one key of a key-value store, the decision, which can be written once
-(`compare_set`): by the last rank to vote, by a rank that has failed, or by one that has waited for too long. Whoever
-comes later finds it there. So all ranks follow the same decision, whenever they look, and a call ends at the first one
-that is not "agreed": the next call begins with the next round, on all ranks. A rank that finds that the others have
-given up on several rounds without it passes over those.
+undone, which all must have reached; and between them, if the call needs it, one in which ranks answer questions with
+their votes, and one in which each leaves a note for some of the others. The rounds of a manager are numbered, and every
+rank goes through the same ones in the same order. What becomes of a round is one key of a key-value store, the
+decision, which can be written once (`compare_set`): by the last rank to vote, by a rank that has failed, or by one that
+has waited for too long. Whoever comes later finds it there. So all ranks follow the same decision, whenever they look,
+and a call ends at the first one that is not "agreed": the next call begins with the next round, on all ranks. A rank
+that finds that the others have given up on several rounds without it passes over those.
 
 The store is that of the process group (`store.py`), and no collective is involved: those would hang with the rank that
 is missing, and a gloo group is of no use any more after its first time-out.
@@ -25,10 +26,10 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -37,6 +38,8 @@ from megastow.state import StateKind
 from megastow.store import Store, StoreLine, store_of
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 DEFAULT_AGREE_SECONDS = 60.0
 """How long ranks wait for each other in a round; NCCL's own limit is 10 minutes."""
@@ -49,9 +52,13 @@ _MESSAGE_CHARACTERS = 1000
 
 
 ANSWERS: Literal["answers"] = "answers"
-"""The round of a call in which ranks tell each other something that may differ; see `Ballot.ask`."""
+"""The round of a call in which ranks answer the same questions, and all hear the result; see `Ballot.ask`."""
 
-Point = StateKind | Literal["answers"] | None
+NOTES: Literal["notes"] = "notes"
+"""The round of a call in which ranks leave notes, each for some of the others; see `Ballot.exchange`."""
+
+Point = StateKind | Literal["start", "answers", "notes"] | None
+"""What a round is about: the start of a call, what ranks tell each other, or a kind (None: all of them) to confirm."""
 
 Answers = Mapping[str, Mapping[str, int]]
 """By question, which answers were given, and by how many ranks."""
@@ -63,13 +70,14 @@ class Call:
 
     Attributes:
         what: the call in words, which have to be the same on all ranks.
-        kinds: what is confirmed, in this order: kinds that are let through one by one, or None for the whole; and where
-            in between the ranks ask each other (`ANSWERS`), at most once.
+        points: what its rounds after the start are about, in their order: what is confirmed (kinds that are let through
+            one by one, or None for the whole), and where in between the ranks tell each other something (`ANSWERS`,
+            `NOTES`), each at most once.
         patience: seconds that a rank may take longer for it than another for good reasons, beyond the usual limit.
     """
 
     what: str
-    kinds: tuple[Point, ...] = (None,)
+    points: tuple[Point, ...] = (None,)
     patience: float = 0.0
 
 
@@ -100,6 +108,31 @@ class Ballot:
         """
         return {question: {answer: 1} for question, answer in answers.items()}
 
+    def exchange(self, note: str, ranks: Collection[int]) -> Mapping[int, str]:
+        """Leave a note for some of the others, and wait for theirs; for a call with `NOTES`.
+
+        What one rank is told may be long, and is read by those who want it only. Who goes on to confirm without having
+        left a note has told nothing, which is an empty one.
+
+        Args:
+            note: what this rank tells.
+            ranks: those whose notes are wanted.
+
+        Returns:
+            The notes of these, this rank's own included; none of a manager without a group.
+
+        Raises:
+            PeerError: another rank failed or did not come in time; undo the call, as it does.
+        """
+        return {}
+
+    def look(self) -> None:
+        """See whether another rank has given the call up already; waits for nobody.
+
+        Raises:
+            PeerError: one has; undo the call, as it does.
+        """
+
     def withdraw(self, error: BaseException) -> bool:
         """Tell the others that the call failed here. Asking again is fine.
 
@@ -116,7 +149,13 @@ ALONE = Ballot()
 
 
 class Agreement:
-    """What calls of a manager are agreed on with; this one is of a manager without a group."""
+    """What calls of a manager are agreed on with; this one is of a manager without a group.
+
+    Attributes:
+        name: what no other manager of the group is called, and this one on all ranks.
+    """
+
+    name = ""
 
     @contextlib.contextmanager
     def making(self, call: Call) -> Iterator[Ballot]:
@@ -219,10 +258,9 @@ class _GroupBallot(Ballot):
     def __init__(self, agreement: GroupAgreement, call: Call, first: int) -> None:
         self._agreement = agreement
         self._call = call
-        self._left: deque[tuple[int, Point | Literal["start"]]] = deque()
-        self._left.extend(enumerate(("start", *call.kinds), first))
+        self._left: deque[tuple[int, Point]] = deque(enumerate(("start", *call.points), first))
         self._is_void = False
-        self._last = first + len(call.kinds)
+        self._last = first + len(call.points)
         self._after_void = first
 
     @property
@@ -244,15 +282,26 @@ class _GroupBallot(Ballot):
             self._vote_once()
 
     def confirm(self, kind: StateKind | None = None) -> None:
-        while self._left and self._vote_once()[0] is not kind:
-            pass
+        is_done = False
+        while self._left and not is_done:
+            is_done = self._left[0][1] is kind
+            self._vote_once()
 
     def ask(self, answers: Mapping[str, str]) -> Answers:
-        assert ANSWERS in [point for _, point in self._left]
-        while True:
-            point, decision = self._vote_once(answers)
-            if point == ANSWERS:
-                return decision.answers
+        self._come_to(ANSWERS)
+        return self._vote_once(json.dumps(answers)).answers
+
+    def exchange(self, note: str, ranks: Collection[int]) -> Mapping[int, str]:
+        number = self._come_to(NOTES)
+        self._agreement.leave_note(number, note)
+        self._vote_once()
+        return self._agreement.notes(number, ranks)
+
+    def look(self) -> None:
+        decision = self._agreement.look(self._left[0][0]) if self._left else None
+        if decision is not None:
+            self._follow(*decision)
+            raise decision[0].error(self._call.what)
 
     def withdraw(self, error: BaseException) -> bool:
         while self._left and not self._is_void:
@@ -260,17 +309,24 @@ class _GroupBallot(Ballot):
             self._follow(*self._agreement.stop(number, _words(error)))
         return self._is_void
 
-    def _vote_once(self, answers: Mapping[str, str] | None = None) -> tuple[Point | Literal["start"], Decision]:
+    def _come_to(self, point: Point) -> int:
+        """Vote in the rounds before one of this call; the number of that."""
+        assert point in [each for _, each in self._left], f"{self._call.what} has no more {point}"
+        while self._left[0][1] != point:
+            self._vote_once()
+        return self._left[0][0]
+
+    def _vote_once(self, answers: str = "") -> Decision:
         number, point = self._left[0]
         patience = 0.0 if point == "start" else self._call.patience
         # Who begins a call must not be taken for one who ends the same.
-        what = self._call.what if point == "start" else f"{self._call.what}, to the end{f' of {point}' * bool(point)}"
-        said = f"{what}\n{json.dumps(answers)}" if answers and point == ANSWERS else what
-        decision, following = self._agreement.vote(number, said, patience)
+        where = {"start": "", ANSWERS: ", to the answers", NOTES: ", to the notes", None: ", to the end"}
+        what = self._call.what + where.get(point, f", to the end of {point}")
+        decision, following = self._agreement.vote(number, f"{what}\n{answers}" if answers else what, patience)
         self._follow(decision, following)
         if self._is_void:
             raise decision.error(self._call.what)
-        return point, decision
+        return decision
 
     def _follow(self, decision: Decision, following: int) -> None:
         if decision.end == "agreed":
@@ -298,14 +354,10 @@ class GroupAgreement(Agreement):
         self._seconds = seconds
         self._line = StoreLine(store)
         self._tidied = 0  # there are no keys of rounds before this one
+        self._noted: set[int] = set()  # the rounds in which this rank has left a note
         self._ballot = _GroupBallot(self, _NOTHING, 0)
-        try:
-            number = self._line.ask(self._number, _GRACE_SECONDS)
-        except MegastowError:
-            raise
-        except Exception as error:
-            raise PeerError(f"the store of the process group does not answer: {error}", ranks=()) from error
-        self._prefix = f"megastow/{number}"
+        self.name = str(self._ask(self._number))
+        self._prefix = f"megastow/{self.name}"
 
     @contextlib.contextmanager
     def making(self, call: Call) -> Iterator[Ballot]:
@@ -349,6 +401,44 @@ class GroupAgreement(Agreement):
         except Exception as error:  # of the line; perhaps the others have agreed before it broke
             return self.stop(number, _words(error))
 
+    def leave_note(self, number: int, note: str) -> None:
+        """Tell the others something, before voting in a round.
+
+        Raises:
+            PeerError: the store does not answer.
+        """
+        self._noted.add(number)
+        self._ask(lambda store: store.set(self._note_key(number, self._rank), note))
+
+    def notes(self, number: int, ranks: Collection[int]) -> Mapping[int, str]:
+        """What ranks told in a round that all have agreed in, until this one votes in the next.
+
+        Raises:
+            PeerError: the store does not answer.
+        """
+        keys = {rank: self._note_key(number, rank) for rank in ranks}
+
+        def work(store: Store) -> dict[int, str]:
+            told = {rank: key for rank, key in keys.items() if store.check([key])}
+            found = dict(zip(told, store.multi_get(list(told.values())), strict=True)) if told else {}
+            return {rank: found.get(rank, b"").decode() for rank in keys}
+
+        return self._ask(work)
+
+    def look(self, number: int) -> tuple[Decision, int] | None:
+        """How a round was decided in which this rank has not voted, and the number of the next; None if it is open."""
+
+        def work(store: Store) -> tuple[Decision, int] | None:
+            if not store.check([key := self._key(number, "decision")]):
+                return None
+            return self._decided(store, number, store.get(key), is_last=False)
+
+        try:
+            return self._line.ask(work, _GRACE_SECONDS)
+        except Exception as error:  # whoever asks votes in it, and hears of it there
+            logger.debug("the store could not be asked for a decision: %s", error)
+            return None
+
     def stop(self, number: int, why: str) -> tuple[Decision, int]:
         """Have a round fail if it is not decided yet; its decision, and the number of the next round."""
         return self._stop(number, Decision("failed", f"rank {self._rank} {why}", (self._rank,)))
@@ -379,6 +469,15 @@ class GroupAgreement(Agreement):
             logger.debug("the store could not be asked for the next round: %s", error)
             return number
 
+    def _ask(self, work: Callable[[Store], _T]) -> _T:
+        """Do something with the store that no vote and no withdrawal depends on."""
+        try:
+            return self._line.ask(work, _GRACE_SECONDS)
+        except MegastowError:
+            raise
+        except Exception as error:
+            raise PeerError(f"the store of the process group does not answer: {error}", ranks=()) from error
+
     # --- on the line -------------------------------------------------------------------------------------------------
 
     def _number(self, store: Store) -> int:
@@ -390,6 +489,9 @@ class GroupAgreement(Agreement):
 
     def _key(self, number: int, name: object) -> str:
         return f"{self._prefix}/{number}/{name}"
+
+    def _note_key(self, number: int, rank: int) -> str:
+        return self._key(number, f"{rank}/note")
 
     def _exchange(self, store: Store, number: int, said: str, seconds: float) -> tuple[Decision, int]:
         """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
@@ -433,6 +535,9 @@ class GroupAgreement(Agreement):
             for old in range(self._tidied, number):
                 for name in (self._rank, *(("come", "decision") if is_last else ())):
                     store.delete_key(self._key(old, name))
+                if old in self._noted:
+                    store.delete_key(self._note_key(old, self._rank))
+                    self._noted.discard(old)
             self._tidied = number
         following = number if decision.end == "left" else number + 1
         if decision.end == "late":

@@ -6,13 +6,13 @@ Shared by the adapters, so that each of them only says what is special about its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
 
 from megastow.errors import InvalidArgumentError
-from megastow.state import Inventory, StateKind, TensorGroup
+from megastow.state import Inventory, Ranks, StateKind, TensorGroup
 
 
 class NamedModules(list[tuple[str, torch.nn.Module]]):
@@ -90,21 +90,31 @@ def largest_dtype(modules: Sequence[torch.nn.Module]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def add_modules(inventory: Inventory, modules: NamedModules) -> None:
+def add_modules(
+    inventory: Inventory, modules: NamedModules, replicas: Callable[[torch.Tensor], Ranks] = lambda parameter: ()
+) -> None:
     """Parameters, registered buffers, and tensors that modules keep as plain attributes (rotary frequencies).
 
     What an adapter has listed before keeps the kind that it was given: a wrapper's own flat gradient buffer, kept as an
     attribute, is no weight.
+
+    Args:
+        inventory: where they are listed.
+        modules: the modules.
+        replicas: over which ranks a parameter is the same (see `TensorGroup`); buffers often are not.
     """
     listed = {_storage_of(tensor) for known in inventory.groups for _, tensor in known.tensors}
-    group = inventory.group(StateKind.WEIGHTS, "parameters and buffers")
+    groups: dict[Ranks, TensorGroup] = {(): inventory.group(StateKind.WEIGHTS, "parameters and buffers")}
     others = inventory.group(StateKind.WEIGHTS, "tensor attributes of modules", transient=True)
     no_tensors: set[type] = set()
     for path, module in modules:
-        for table in (module._parameters, module._buffers):
-            if table:
-                for name, tensor in list(table.items()):
-                    group.add(f"{path}.{name}" if path else name, tensor)
+        for name, parameter in list(module._parameters.items()):
+            ranks = () if parameter is None else replicas(parameter)
+            if ranks not in groups:
+                groups[ranks] = inventory.group(StateKind.WEIGHTS, "replicated parameters", replicas=ranks)
+            groups[ranks].add(f"{path}.{name}" if path else name, parameter)
+        for name, tensor in list(module._buffers.items()):
+            groups[()].add(f"{path}.{name}" if path else name, tensor)
         for name, value in tensor_attributes(module, no_tensors):
             if _storage_of(value) not in listed:
                 others.add(f"{path}.{name}" if path else name, value)

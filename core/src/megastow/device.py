@@ -16,7 +16,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 import torch
 
@@ -44,6 +45,13 @@ class Stopwatch(ABC):
     @abstractmethod
     def seconds(self) -> float:
         """Seconds between start and stop; valid once the copies have been waited for."""
+
+
+class Work(Protocol):
+    """A collective under way, as torch hands it out."""
+
+    def is_completed(self) -> bool: ...
+    def wait(self, timeout: timedelta = ...) -> object: ...
 
 
 class Arrival(ABC):
@@ -134,6 +142,30 @@ class Device(ABC):
 
         It begins when the copies queued so far have arrived, and no later copy waits for it.
         """
+
+    @abstractmethod
+    def communicator(self, store: Any, index: int, size: int, seconds: float) -> Any:
+        """One of torch's collective back ends for memory of this device, apart from all others; may wait for peers.
+
+        Args:
+            store: where the ranks find each other; nobody else uses its keys.
+            index: this rank's number among them.
+            size: how many they are.
+            seconds: how long a collective may take, where the back end ends it by itself.
+        """
+
+    @property
+    @abstractmethod
+    def queues_collectives(self) -> bool:
+        """Whether collectives run on a stream, so that other work can be queued behind them."""
+
+    @abstractmethod
+    def follow(self, work: Work) -> None:
+        """Queue what comes `beside` behind a collective, if those are queued; call within `copying`."""
+
+    @abstractmethod
+    def check(self, work: Work) -> None:
+        """Raise what a collective that has completed has failed with."""
 
     @abstractmethod
     def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
@@ -229,6 +261,19 @@ class CpuDevice(Device):
 
     def beside(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
+
+    def communicator(self, store: Any, index: int, size: int, seconds: float) -> Any:
+        return _C10D.ProcessGroupGloo(store, index, size, timedelta(seconds=seconds))
+
+    @property
+    def queues_collectives(self) -> bool:
+        return False
+
+    def follow(self, work: Work) -> None:
+        pass
+
+    def check(self, work: Work) -> None:
+        work.wait()
 
     def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
         return [int(value) for value in values]
@@ -354,6 +399,22 @@ class CudaDevice(Device):
         with torch.cuda.stream(self._beside):
             yield
 
+    def communicator(self, store: Any, index: int, size: int, seconds: float) -> Any:
+        options = _C10D.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=max(_WATCHDOG_SECONDS, 4 * seconds))  # not before others have given up
+        return _C10D.ProcessGroupNCCL(store, index, size, options)
+
+    @property
+    def queues_collectives(self) -> bool:
+        return True
+
+    def follow(self, work: Work) -> None:
+        with self.beside():
+            work.wait()
+
+    def check(self, work: Work) -> None:
+        work.wait(timedelta(seconds=1))  # it has completed, or was aborted, which this raises
+
     def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
         if not values:
             return []
@@ -422,6 +483,11 @@ def _handed_out(segment: dict[str, Any]) -> Iterator[Block]:
             yield Block(address, block["size"])
         address += block["size"]
 
+
+_C10D: Any = torch.distributed  # torch's stubs leave the back ends out
+
+_WATCHDOG_SECONDS = 600.0
+"""When torch's watchdog ends a process that is stuck in a collective; NCCL's own default."""
 
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
 

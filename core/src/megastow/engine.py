@@ -23,18 +23,20 @@ then ends the move instead of undoing it. So it is with weights that are derived
 onload of their own, never by an undoing.
 
 Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
-undone on all; one that all have confirmed is ended by each, as if the first byte were gone.
+undone on all; one that all have confirmed is ended by each, as if the first byte were gone. What they share, or may
+share (`replicas.py`), is released after that vote, too: a rank cannot refill it alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -57,9 +59,11 @@ from megastow.forking import process_lock
 from megastow.head_start import Begun, LastPlaces
 from megastow.host import HostArena, align_up
 from megastow.plan import KindPlan, MovePlan
+from megastow.replicas import NO_REPLICAS, Replicas
 from megastow.report import KindReport, format_bytes
+from megastow.shares import Share
 from megastow.staging import StagedArrival, Staging
-from megastow.state import ORDER_OF_USE, Inventory, Residency, StateKind
+from megastow.state import ORDER_OF_USE, Inventory, Ranks, Residency, StateKind
 from megastow.storages import StorageRecord, _some, belongs_to, byte_view, find_storages, storage_id
 from megastow.tiers import HostMemory, Placement, Region, Tier
 from megastow.transport import HostSlice, Transport
@@ -100,8 +104,19 @@ _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 _CLAIMING = process_lock()
 """All engines of the process, and what is held while one of them looks at what the others have."""
 
-RegionKey = tuple[StateKind, bool]
-"""What has a region of host memory to itself: a kind's lasting state, and what is transient of it."""
+
+class RegionKey(NamedTuple):
+    """What has a region of host memory to itself.
+
+    Attributes:
+        kind: the kind.
+        transient: what is transient of it, or what is lasting.
+        is_shared: what ranks may share of it, or what is this rank's own.
+    """
+
+    kind: StateKind
+    transient: bool = False
+    is_shared: bool = False
 
 
 @dataclass
@@ -114,6 +129,7 @@ class Parked:
         kind: the kind it moves with.
         names: what the inventory called the tensors on it.
         host: its bytes, or None if they were not kept and it comes back as zeros, or is rebuilt.
+        peers: the ranks that may share it; see `replicas`.
         released: whether the device side was (or was about to be) given up.
         digest: of its bytes when they left; None where none was asked for, and where it comes back as zeros.
     """
@@ -123,6 +139,7 @@ class Parked:
     kind: StateKind
     names: tuple[str, ...]
     host: HostSlice | None
+    peers: Ranks = ()
     released: bool = False
     digest: Digest | None = None
 
@@ -132,9 +149,24 @@ class Parked:
         return self.host is None and self.digest is not None
 
     @property
+    def share(self) -> Share | None:
+        """What this rank keeps of it; None for the whole, or nothing."""
+        return None if self.host is None else self.host.share
+
+    @property
+    def digest_value(self) -> int | None:
+        """Its digest, once that was read."""
+        return None if self.digest is None else self.digest.value
+
+    @property
+    def leaves_last(self) -> bool:
+        """Whether it cannot be refilled by this rank alone, and so is released after all that could fail."""
+        return self.host is None or bool(self.peers)
+
+    @property
     def is_orphan(self) -> bool:
         """Whether no tensor is left on the storage and nobody else holds it, so that nobody would miss it."""
-        return belongs_to(self, 0)
+        return self.share is None and belongs_to(self, 0)
 
 
 class Engine:
@@ -155,8 +187,10 @@ class Engine:
         folder: DiskFolder | None = None,
         digests: bool = False,
         derivable: Callable[[], Iterable[DerivableBuffer]] | None = None,
+        replicas: Replicas = NO_REPLICAS,
     ) -> None:
         self._device = device
+        self._replicas = replicas
         self._digester = Digester(device)
         self._makes_digests = digests
         self._deriver = None if derivable is None else WeightDeriver(device, self._digester, derivable)
@@ -205,16 +239,15 @@ class Engine:
         """What a reader should know of the tiers in which kinds are kept; nothing if they are where they would be."""
         demoted = self._arena.demoted()
         return [
-            f"{kind} is kept in the tier {demoted[kind, transient][0]}: {demoted[kind, transient][1]}"
+            f"{kind} is kept in the tier {tier}: {why}"
             for kind in kinds
-            for transient in (False, True)
-            if (kind, transient) in demoted
+            for key, (tier, why) in demoted.items()
+            if isinstance(key, RegionKey) and key.kind is kind
         ]
 
-    @property
-    def derives_weights(self) -> bool:
-        """Whether weights may be left to be rebuilt from main weights."""
-        return self._deriver is not None
+    def derives(self, kinds: Collection[StateKind]) -> bool:
+        """Whether something of kinds may be left to be rebuilt from others."""
+        return self._deriver is not None and StateKind.WEIGHTS in kinds
 
     @property
     def order_of_return(self) -> tuple[StateKind, ...]:
@@ -227,10 +260,24 @@ class Engine:
         """Which weights were kept by the last offload of them, and why; nothing where they are not to be derived."""
         return () if self._deriver is None else self._deriver.notes
 
+    def sharing_notes(self, kinds: Collection[StateKind]) -> list[str]:
+        """What a reader should know of storages that ranks could not share; nothing if they share all."""
+        notes: list[str] = []
+        for kind in kinds:
+            whole = [p for p in self._parked.get(kind, ()) if p.peers and p.share is None]
+            if whole:
+                notes.append(
+                    f"{len(whole)} storages of {kind} ({_some(tuple(p.names[0] for p in whole))}) are not the same on "
+                    f"ranks {', '.join(map(str, whole[0].peers))}, and each keeps all of them"
+                )
+        return notes
+
     def find(self, inventory: Inventory, kinds: Collection[StateKind]) -> list[StorageRecord]:
         """The storages of `kinds` on the device; raises for what could not be moved."""
         away = {storage_id(p.storage) for entries in self._parked.values() for p in entries}
-        return find_storages(inventory, kinds, away)
+        records = find_storages(inventory, kinds, away)
+        self._replicas.assign(records)
+        return records
 
     def plan(self, inventory: Inventory, kinds: Sequence[StateKind], *, keep_grads: bool) -> MovePlan:
         """What an offload of `kinds` would give and take now; changes nothing.
@@ -260,9 +307,9 @@ class Engine:
             disk=self._arena.disk_space(),
             problem=placement.problem,
             notes=tuple(
-                f"{kind} would be kept on disk: {placement.reasons[kind, transient]}"
-                for kind, transient in sizes
-                if (kind, transient) in placement.reasons
+                f"{key.kind} would be kept on disk: {placement.reasons[key]}"
+                for key in sizes
+                if key in placement.reasons
             ),
         )
 
@@ -335,6 +382,7 @@ class Engine:
         unfinished = {kind: entries for kind, entries in unfinished.items() if entries}
         reports = {k: KindReport(k, moved=False) for k in kinds}
         if not moving and not unfinished:
+            self._replicas.compare(self._may_share(kinds), ballot)  # the others may have something to move
             if inspect is not None:
                 inspect(())
             return reports
@@ -344,8 +392,7 @@ class Engine:
         def prove(records: Sequence[StorageRecord]) -> Collection[int]:
             if self._deriver is not None and StateKind.WEIGHTS in kinds:
                 proofs.update(self._deriver.prove(records, self._main_is_here, ballot))
-            for record in records:
-                record.derived = proofs.get(storage_id(record.storage)) is not None
+            _leave_out(records, [key for key, proof in proofs.items() if proof is not None])
             return proofs.keys()
 
         with (
@@ -356,7 +403,7 @@ class Engine:
             plans = self._plan(records, moving, keep_grads, clock, proofs)
             del records  # they hold storages
             leaving = {**plans, **{kind: self._parked[kind] for kind in unfinished}}
-            self._move_out(leaving, begun, clock, inspect, ballot)
+            self._move_out(leaving, begun, clock, inspect, ballot, kinds)
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -399,6 +446,7 @@ class Engine:
         reports = {k: KindReport(k, moved=False) for k in kinds}
         notes: list[str] = []
         if not moving:
+            self._replicas.meet([], ballot)
             return reports, notes
 
         def tell(kind: StateKind) -> None:
@@ -442,6 +490,7 @@ class Engine:
         self._last_places.clear()
         self._transport.settle()  # before the memory goes that an interrupted move may still use
         self._arena.close()
+        self._replicas.close()
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
@@ -495,7 +544,7 @@ class Engine:
             taken = self._taken_by_others()
             places = self._last_places.recall(kinds, self._arena.is_ready)
             reading = [
-                Parked(storage, host.nbytes, kind, (), host)
+                Parked(storage, storage.nbytes(), kind, (), host, () if host.share is None else host.share.ranks)
                 for kind, storage, host in places
                 if storage_id(storage) not in taken
             ]
@@ -533,15 +582,13 @@ class Engine:
         self._device.synchronize()
         derived = {storage_id(r.storage) for r in records if r.derived}
         records = self.find(inventory(), kinds)
-        for record in records:
-            record.derived = storage_id(record.storage) in derived
+        _leave_out(records, derived)
         return records
 
     def _mark_candidates(self, records: Sequence[StorageRecord]) -> Collection[int]:
         """Take for derived what may well be, where nothing moves yet; its storages by identity."""
         candidates = {} if self._deriver is None else self._deriver.candidates(records)
-        for record in records:
-            record.derived = self._main_is_here and storage_id(record.storage) in candidates
+        _leave_out(records, candidates if self._main_is_here else ())
         return candidates.keys()
 
     @property
@@ -581,15 +628,16 @@ class Engine:
                 regions[key] = self._arena.reserve(key, nbytes)
         for kind in kinds:
             with clock.running(kind):
-                for record in (r for r in records if r.kind is kind):
-                    parked = Parked(record.storage, record.nbytes, kind, record.names, None)
+                # In an order which is the same on all ranks for what they share; see `gather`.
+                for record in sorted((r for r in records if r.kind is kind), key=lambda record: record.peers):
+                    parked = Parked(record.storage, record.nbytes, kind, record.names, None, record.peers)
                     plans[kind].append(parked)
                     if record.derived:
                         parked.digest = proofs[storage_id(record.storage)]
                     elif _is_kept(record, keep_grads):
                         key = _region_key(record)
-                        parked.host = HostSlice(regions[key], offsets[key], parked.nbytes)
-                        offsets[key] += align_up(parked.nbytes, unit)
+                        parked.host = HostSlice(regions[key], offsets[key], record.kept_bytes, record.share)
+                        offsets[key] += align_up(record.kept_bytes, unit)
         return plans
 
     def _forget(self, kinds: Iterable[StateKind]) -> None:
@@ -598,6 +646,10 @@ class Engine:
             entries = self._parked.pop(kind, ())
             self._last_places.remember(kind, ((p.storage, p.host) for p in entries if p.host is not None))
 
+    def _may_share(self, kinds: Collection[StateKind]) -> list[Parked]:
+        """What ranks share of kinds that are away, or may share of those that are about to leave."""
+        return [p for kind in ORDER_OF_USE if kind in kinds for p in self._parked.get(kind, ()) if p.peers]
+
     def _move_out(
         self,
         plans: Mapping[StateKind, list[Parked]],
@@ -605,11 +657,12 @@ class Engine:
         clock: _KindClock,
         inspect: Inspection | None,
         ballot: Ballot,
+        kinds: Collection[StateKind],
     ) -> None:
         """Copy everything that is kept, unless that has begun, and release each storage when its bytes have arrived.
 
         Undone if interrupted, until all ranks have confirmed it or the first byte goes that was not kept. See [Note:
-        what is true at which moment].
+        what is true at which moment]. The kinds are those of the call, with what is away already.
         """
         before = self.released_bytes
         self._claim(plans)
@@ -626,6 +679,7 @@ class Engine:
                     early = begun.get(storage_id(parked.storage))
                     if early is not None and early.host == parked.host:
                         parked.digest = early.digest
+                        self._begin_digest(parked)
                         on_their_way.append((parked, early.arrival))
                     else:
                         on_their_way.append((parked, self._copy_out(parked, clock)))
@@ -638,21 +692,26 @@ class Engine:
                     self._release(parked, arrival, clock)
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
+            different = self._replicas.compare(self._may_share(kinds), ballot)
+            if different:
+                self._keep_whole(different, clock)
             if inspect is not None:
-                inspect([p.storage for entries in plans.values() for p in entries if p.host is None])
+                inspect([p.storage for entries in plans.values() for p in entries if p.leaves_last])
             faults.point("offload.drop")
             ballot.confirm()
             self._drop(plans, clock)
         except BaseException as error:
             self._settle()  # ahead of a wait in which a user loses patience
             is_confirmed = not ballot.withdraw(error)
-            dropped = (p for entries in plans.values() for p in entries if p.host is None and id(p) not in gone)
+            dropped = (p for entries in plans.values() for p in entries if p.leaves_last and id(p) not in gone)
             if is_confirmed or any(p.released for p in dropped):
                 self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
                 raise
-            self._refill(plans, _KindClock())
+            # What is shared and was away before the call stays away: it takes all ranks to bring it back.
+            undone = {k: entries for k, entries in plans.items() if not any(p.share and p.released for p in entries)}
+            self._refill(undone, _KindClock())
             self.released_bytes = before
-            self._forget(plans)
+            self._forget(undone)
             raise
 
     def _claim(self, plans: Mapping[StateKind, list[Parked]]) -> None:
@@ -685,10 +744,14 @@ class Engine:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
-            if self._makes_digests:
-                parked.digest = self._digester.begin(parked.storage)
+            self._begin_digest(parked)
             self._transport.copy_out(parked.storage, parked.host)
             return self._transport.arrival()
+
+    def _begin_digest(self, parked: Parked) -> None:
+        """Queue the digest of a storage that is about to leave, if one is needed and not under way yet."""
+        if parked.digest is None and (self._makes_digests or parked.peers):
+            parked.digest = self._digester.begin(parked.storage)
 
     def _release(self, parked: Parked, arrival: StagedArrival, clock: _KindClock) -> None:
         """Give up the device side of a storage when its copy has arrived."""
@@ -697,18 +760,49 @@ class Engine:
         clock.add(parked.kind, arrival.host_seconds)
         if parked.digest is not None:
             parked.digest.computed.wait()
+        if parked.leaves_last:
+            return
         with clock.running(parked.kind):
             faults.point("offload.release")
             parked.released = True
             parked.storage.resize_(0)
             self.released_bytes += parked.nbytes
 
+    def _keep_whole(self, different: Collection[Parked], clock: _KindClock) -> None:
+        """Copy what ranks cannot share after all, and what has its place on the host beside it; nothing was released.
+
+        Raises:
+            StateChangedError: some of that is away already.
+        """
+        whole = {id(parked) for parked in different}
+        for kind in dict.fromkeys(parked.kind for parked in different):
+            entries = self._may_share([kind])
+            if any(parked.released for parked in entries):
+                raise StateChangedError(
+                    f"some of {kind} is offloaded in parts by several ranks, and the rest is not the same on all of "
+                    "them. Nothing was moved. Onload on all ranks first"
+                )
+            shares = [None if id(parked) in whole else parked.share for parked in entries]
+            kept = [p.nbytes if s is None else s.kept_bytes for p, s in zip(entries, shares, strict=True)]
+            key = RegionKey(kind, is_shared=True)
+            nbytes = sum(align_up(each, self._arena.unit_bytes) for each in kept)
+            with clock.running(kind):
+                self._arena.check({key: nbytes})
+                region = self._arena.reserve(key, nbytes)
+            offset = 0
+            with self._device.copying(Direction.OUT), clock.copying(kind, self._device):
+                for parked, share, size in zip(entries, shares, kept, strict=True):
+                    parked.host = HostSlice(region, offset, size, share)
+                    offset += align_up(size, self._arena.unit_bytes)
+                    self._transport.copy_out(parked.storage, parked.host)
+        self._transport.confirm()
+
     def _drop(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
-        """Release what was not kept. Doing it again is fine."""
+        """Release what had to wait for all ranks, and what was not kept. Doing it again is fine."""
         for kind, entries in plans.items():
             with clock.running(kind):
                 for parked in entries:
-                    if parked.host is None and not (parked.released and parked.storage.nbytes() == 0):
+                    if parked.leaves_last and not (parked.released and parked.storage.nbytes() == 0):
                         parked.released = True
                         parked.storage.resize_(0)
                         self.released_bytes += parked.nbytes
@@ -731,8 +825,10 @@ class Engine:
             for parked in entries:
                 self._check_untouched(parked)
         released = [p for entries in plans.values() for p in entries if p.released]
-        verifies = not unverified and any(p.digest is not None for p in released)
-        scratch = SCRATCH_BYTES if verifies else 0
+        compares = self._makes_digests and not unverified
+        makes_digests = compares or (not unverified and any(p.is_derived for p in released))
+        shared = [p for p in released if p.share is not None]
+        scratch = SCRATCH_BYTES if makes_digests and any(p.digest is not None for p in released) else 0
         needed = sum(p.nbytes for p in released) + scratch
         if permit is None:
             free = self._device.free_bytes()
@@ -741,27 +837,24 @@ class Engine:
         taken: list[Parked] = []
         arrivals: dict[StateKind, StagedArrival] = {}
         digests: list[tuple[Parked, Digest, Digest]] = []
-        taken_bytes = 0
         try:
             # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
-            # by storage, and each kind that somebody is told of before the next one waits for memory.
+            # by storage, and each kind that somebody is told of before the next one waits for memory. What is shared at
+            # first in any case: the other ranks wait for it.
+            at_first = released if permit is None else shared
+            for _ in self._taking(at_first, taken, clock, permit, scratch):
+                pass
+            self._transport.gather(self._replicas.meet(shared, ballot))
             for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
-                left = [p for kind in kinds for p in plans[kind] if p.released]
-                left.sort(key=lambda parked: parked.host is None)  # the link need not wait for memory of zeros
-                sizes = [parked.nbytes + scratch for parked in left]
-                while left:
-                    if permit is None:
-                        part, left = left, []
-                    else:
-                        chosen = permit(sizes, taken_bytes)
-                        part = [left.pop(chosen)]
-                        taken_bytes += sizes.pop(chosen) - scratch
-                    self._take(part, taken, clock, permit)
+                batch = [p for kind in kinds for p in plans[kind] if p.released]
+                here = [p for p in batch if permit is None or p.share is not None]
+                left = [p for p in batch if permit is not None and p.share is None]
+                for part in itertools.chain([here], self._taking(left, taken, clock, permit, scratch)):
                     with self._device.copying(Direction.IN):
                         for parked in part:
                             with clock.copying(parked.kind, self._device):
                                 self._copy_in(parked)
-                                if verifies and parked.host is not None and parked.digest is not None:
+                                if compares and parked.host is not None and parked.digest is not None:
                                     self._transport.begin_reading(parked.host)
                                     digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
                             arrivals[parked.kind] = self._transport.arrival()
@@ -832,6 +925,29 @@ class Engine:
             return
         with clock.running(kind):
             self._deriver.rebuild(derived, ballot, unverified=unverified)
+
+    def _taking(
+        self,
+        left: Sequence[Parked],
+        taken: list[Parked],
+        clock: _KindClock,
+        permit: Permit | None,
+        scratch: int,
+    ) -> Iterator[list[Parked]]:
+        """Take device memory, and tell what can be filled: all at once, or with a permit as there is room for it."""
+        left = sorted(left, key=lambda parked: parked.host is None)  # the link need not wait for memory of zeros
+        if permit is None:
+            self._take(left, taken, clock, permit)
+            yield left
+            return
+        sizes = [parked.nbytes + scratch for parked in left]
+        taken_bytes = sum(parked.nbytes for parked in taken)
+        while left:
+            chosen = permit(sizes, taken_bytes)
+            part = [left.pop(chosen)]
+            taken_bytes += sizes.pop(chosen) - scratch
+            self._take(part, taken, clock, permit)
+            yield part
 
     @staticmethod
     def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
@@ -904,7 +1020,15 @@ class _KindClock:
 
 def _region_key(record: StorageRecord) -> RegionKey:
     """Which region of host memory a storage goes to."""
-    return record.kind, record.transient
+    return RegionKey(record.kind, record.transient, bool(record.peers))
+
+
+def _leave_out(records: Iterable[StorageRecord], derived: Collection[int]) -> None:
+    """Note which storages, by identity, are derived: they are not copied out, and so not shared with other ranks."""
+    for record in records:
+        record.derived = storage_id(record.storage) in derived
+        if record.derived:
+            record.peers, record.share = (), None
 
 
 def _is_kept(record: StorageRecord, keep_grads: bool) -> bool:
@@ -918,8 +1042,8 @@ def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -
     for record in records:
         if _is_kept(record, keep_grads):
             key = _region_key(record)
-            sizes[key] = sizes.get(key, 0) + align_up(record.nbytes, unit)
-    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key[0]), not key[1]))}
+            sizes[key] = sizes.get(key, 0) + align_up(record.kept_bytes, unit)
+    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key.kind), not key.transient))}
 
 
 def _as_planned(
@@ -931,7 +1055,8 @@ def _as_planned(
     unit: int,
 ) -> KindPlan:
     mine = [record for record in records if record.kind is kind]
-    kept = [(placement.tiers[_region_key(r)], align_up(r.nbytes, unit)) for r in mine if _is_kept(r, keep_grads)]
+    lasting = [record for record in mine if not record.transient]
+    kept = [(placement.tiers[_region_key(r)], align_up(r.kept_bytes, unit)) for r in mine if _is_kept(r, keep_grads)]
     return KindPlan(
         kind,
         residency,
@@ -939,7 +1064,7 @@ def _as_planned(
         device_bytes=sum(r.nbytes for r in mine),
         host_bytes=_in_memory(kept),
         disk_bytes=_on_disk(kept),
-        tier=placement.tiers.get((kind, False)),
+        tier=next((placement.tiers[key] for key in map(_region_key, lasting) if key in placement.tiers), None),
         derived_bytes=sum(r.nbytes for r in mine if r.derived),
     )
 
@@ -960,7 +1085,7 @@ def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked],
 
 
 def _report(kind: StateKind, entries: Sequence[Parked], seconds: float, unit: int) -> KindReport:
-    kept = [(p.host.region.tier, align_up(p.nbytes, unit)) for p in entries if p.host is not None]
+    kept = [(p.host.region.tier, align_up(p.host.nbytes, unit)) for p in entries if p.host is not None]
     return KindReport(
         kind,
         moved=True,
@@ -997,8 +1122,15 @@ def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
     for parked in damaged:
         tensors.setdefault(str(parked.kind), []).extend(parked.names)
     found = "; ".join(f"{_some(tuple(names))} ({kind})" for kind, names in tensors.items())
-    changed = [p for p in damaged if _is_damaged_on_host(p)]
-    if changed:
+    shared = [p for p in damaged if p.share is not None]
+    changed = [p for p in damaged if p.share is None and _is_damaged_on_host(p)]
+    if shared and not changed:
+        reason = (
+            "Several ranks keep parts of it in host memory, and this one cannot tell whether one of those is damaged, "
+            "or only the way back was bad. Repeat the call; if it fails again, onload(unverified=True) brings back "
+            "what there is: load a checkpoint then, or bear the damage"
+        )
+    elif changed:
         names = tuple(name for parked in changed for name in parked.names)
         reason = (
             f"The copy in host memory itself is damaged ({_some(names)}), so that a repeated call fails too. It is "
@@ -1009,7 +1141,7 @@ def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
     return CorruptionError(
         f"other bytes came back than have left, and nothing was brought back: storages of {found}. {reason}",
         tensors={kind: tuple(names) for kind, names in tensors.items()},
-        host_is_damaged=bool(changed),
+        host_is_damaged=bool(changed or shared),
     )
 
 

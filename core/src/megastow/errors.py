@@ -130,7 +130,7 @@ class CorruptionError(TransferError):
     Attributes:
         tensors: the names of all tensors on the storages that differ, by the name of their kind.
         host_is_damaged: whether a host copy itself has changed, so that a repeated call fails too; if not, only the
-            way back was bad.
+            way back was bad. True also where ranks share a copy, and none can tell.
     """
 
     def __init__(self, message: str, *, tensors: Mapping[str, Sequence[str]], host_is_damaged: bool) -> None:

@@ -121,10 +121,15 @@ class FlatTensors:
         return record.nbytes < self._bucket_bytes // 2 and _owned(record)
 
     def _fill(self, candidates: Sequence[StorageRecord]) -> Iterator[list[StorageRecord]]:
-        """Candidates of one kind and dtype, bucket by bucket; a lone newcomer gains nothing by moving house."""
+        """Candidates that may lie together, bucket by bucket; a lone newcomer gains nothing by moving house.
+
+        Those are of one kind, of one dtype ([Note: one dtype to a bucket]), and the same on the same ranks, so that
+        their bucket is, too.
+        """
         families: dict[object, list[StorageRecord]] = {}
-        for record in candidates:  # see [Note: one dtype to a bucket]
-            families.setdefault((record.kind, frozenset(t.dtype for _, t in record.tensors)), []).append(record)
+        for record in candidates:
+            dtypes = frozenset(t.dtype for _, t in record.tensors)
+            families.setdefault((record.kind, dtypes, record.peers), []).append(record)
         for family in families.values():
             group: list[StorageRecord] = []
             size = 0
@@ -152,7 +157,8 @@ class FlatTensors:
                 size += align_up(run.nbytes)
             placed.append((record, runs))
         faults.point("pack.bucket")
-        bucket = torch.empty(size, dtype=torch.uint8, device=self._device.torch_device)
+        # Zeros between the members, so that the buckets of ranks which hold the same have the same bytes.
+        bucket = torch.zeros(size, dtype=torch.uint8, device=self._device.torch_device)
         for record, runs in placed:
             for run in runs:
                 bucket[run.target : run.target + run.nbytes].copy_(byte_view(record.storage)[run.start : run.end])

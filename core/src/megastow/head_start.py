@@ -74,6 +74,6 @@ class LastPlaces:
                 found = torch.UntypedStorage._new_with_weak_ptr(place.storage.cdata)
                 storage = cast("torch.UntypedStorage | None", found)
                 del found
-                if storage is not None and storage.nbytes() == place.host.nbytes:
+                if storage is not None and storage.nbytes() == place.host.storage_bytes:
                     yield kind, storage, place.host
                 del storage

@@ -71,6 +71,12 @@ class HostViews:
                     f"{entry.names[0]} ({entry.kind}) was released without a copy, and comes back as zeros. To look at "
                     "gradients while they are away, offload them with keep_grads=True"
                 )
+            if entry.host.nbytes < entry.nbytes:
+                ranks = ", ".join(map(str, entry.peers))
+                raise NotOnHostError(
+                    f"{entry.names[0]} ({entry.kind}) is shared by ranks {ranks}, each of which keeps a part in its "
+                    "host memory: onload it to read it, or make the manager without replicas=True"
+                )
             lent = self._lent[key] = entry.host.lend()
             self._lent_ids.add(storage_id(lent))
         return self._lent[key]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,6 +72,11 @@ def host_limits(root: Path = Path("/")) -> HostLimits:
         memlock_bytes=None if soft == resource.RLIM_INFINITY else soft,
         local_ranks=local_ranks(),
     )
+
+
+def host_identity(root: Path = Path("/")) -> str:
+    """What tells this host from others: its name, and the number that its kernel made up when it started."""
+    return f"{socket.gethostname()} {_read(root / 'proc/sys/kernel/random/boot_id') or ''}"
 
 
 def local_ranks() -> int:

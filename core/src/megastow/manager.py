@@ -16,8 +16,19 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
+from megastow import machine
 from megastow.adapter import BoundAdapter
-from megastow.agreement import ALONE, ANSWERS, DEFAULT_AGREE_SECONDS, Agreement, Ballot, Call, Point, agreement_of
+from megastow.agreement import (
+    ALONE,
+    ANSWERS,
+    DEFAULT_AGREE_SECONDS,
+    NOTES,
+    Agreement,
+    Ballot,
+    Call,
+    Point,
+    agreement_of,
+)
 from megastow.derived import DerivableBuffer, derivable_buffers_of
 from megastow.device import device_for
 from megastow.disk import DiskFolder
@@ -37,6 +48,7 @@ from megastow.host_view import HostViews, host_state_dict, host_tensor
 from megastow.on_host import on_host
 from megastow.plan import MovePlan
 from megastow.registry import choose_adapter
+from megastow.replicas import NO_REPLICAS, Circle, HostReplicas
 from megastow.report import Direction, KindReport, TransferReport, format_bytes
 from megastow.residue import DEFAULT_RESIDUE_BYTES, DEFAULT_STORAGES, Home, Residue, Subject, explain, measure
 from megastow.state import ALL_KINDS, Inventory, KindLike, Residency, StateKind, parse_kinds
@@ -62,6 +74,7 @@ def create_memory_manager(
     derive_weights: bool = False,
     group: torch.distributed.ProcessGroup | None = None,
     agree_timeout: float = DEFAULT_AGREE_SECONDS,
+    replicas: bool = False,
 ) -> MemoryManager:
     """Make the manager of a trainer's (or any module's) device memory.
 
@@ -95,21 +108,35 @@ def create_memory_manager(
             none. Managers of a group are made in the same order on all of its ranks. None: each rank on its own.
         agree_timeout: seconds that ranks wait for each other at the start and before the end of such a call; with the
             default well under NCCL's. It has to cover what ranks are apart when they call.
+        replicas: of what is the same on several ranks of a host (data-parallel weights; without the distributed
+            optimizer all lasting state), each keeps only its part in host memory. On the way back each brings its part
+            over its own link, and an all-gather rebuilds the whole in place: NCCL on a GPU, with a communicator of its
+            own; gloo on the CPU. It takes no device memory beside NCCL's own. The ranks move together, as with `group`,
+            which is `torch.distributed.group.WORLD` if it is not given. Digests (see `verify`) tell in every offload
+            whether the bytes really are the same; of what is not, each rank keeps all, and the report says so. What is
+            shared is released at the end of an offload, when all ranks have confirmed it. A rank that is lost takes its
+            part with it; views of host memory (`host_tensor`, `host_state_dict`, `on_host`) of what is shared raise
+            `NotOnHostError`; and `close` is collective while something is offloaded. See `megastow.replicas`.
 
     Raises:
         InvalidTypeError: `model` is not a module or a list of modules.
         InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory` or
             `verify`, a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
-            for it, or `derive_weights` with an adapter that cannot do it, or without the `group` that it needs.
+            for it, `derive_weights` with an adapter that cannot do it, or without the `group` that it needs, or
+            `replicas` without torch.distributed.
         AgreementError: the ranks of `group` made different calls.
         PeerError: another rank of `group` failed, or did not come within `agree_timeout`.
         AdapterSelectionError: not exactly one adapter accepts.
         UnsupportedLayoutError: the adapter knows that layout and cannot move it.
         StateChangedError: another manager has offloaded this model at present.
     """
+    if replicas and group is None:
+        group = _world()
     agreement = agreement_of(group, agree_timeout)
-    derives = ", derive_weights" if derive_weights else ""
-    with agreement.making(Call(f"create_memory_manager(agree_timeout={agree_timeout:g}{derives})")) as ballot:
+    options = ", derive_weights" if derive_weights else ""
+    options += f", replicas=True, chunk_bytes={chunk_bytes}" if replicas else ""
+    call = Call(f"create_memory_manager(agree_timeout={agree_timeout:g}{options})", (*[NOTES] * replicas, None))
+    with agreement.making(call) as ballot:
         manager = _create(
             model,
             optimizer,
@@ -122,6 +149,7 @@ def create_memory_manager(
             verify=verify,
             derive_weights=derive_weights,
             group=group,
+            circle=_circle(group, agreement, agree_timeout, ballot) if replicas and group is not None else None,
         )
         try:
             ballot.confirm()
@@ -144,6 +172,7 @@ def _create(
     verify: Literal["none", "digest"],
     derive_weights: bool,
     group: torch.distributed.ProcessGroup | None,
+    circle: Circle | None,
 ) -> MemoryManager:
     """Check the arguments, choose the adapter, make the manager."""
     given: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
@@ -176,7 +205,28 @@ def _create(
         digests=verify == "digest",
         agreement=agreement,
         derivable=derivable_buffers_of(bound, group) if derive_weights else None,
+        circle=circle,
     )
+
+
+def _world() -> torch.distributed.ProcessGroup:
+    """All ranks, for managers with replicas that are not told which."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise InvalidArgumentError(
+            "replicas=True needs torch.distributed, which is not initialised: there are no ranks to share with. Call "
+            "torch.distributed.init_process_group first, or leave replicas out"
+        )
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    return world
+
+
+def _circle(
+    group: torch.distributed.ProcessGroup, agreement: Agreement, seconds: float, ballot: Ballot
+) -> Circle | None:
+    """The ranks of a group by the hosts that they are on; None if there is only one rank."""
+    hosts = ballot.exchange(machine.host_identity(), torch.distributed.get_process_group_ranks(group))
+    return Circle(group, hosts, seconds, agreement.name) if hosts else None
 
 
 def _disk_folder(host_memory: HostMemory, disk_folder: str | os.PathLike[str] | None) -> DiskFolder:
@@ -258,6 +308,7 @@ class MemoryManager:
         digests: bool = False,
         agreement: Agreement | None = None,
         derivable: Callable[[], Iterable[DerivableBuffer]] | None = None,
+        circle: Circle | None = None,
     ) -> None:
         """Take charge of what an adapter has bound; use `create_memory_manager` instead.
 
@@ -275,7 +326,9 @@ class MemoryManager:
             folder=folder,
             digests=digests,
             derivable=derivable,
+            replicas=NO_REPLICAS if circle is None else HostReplicas(self._device, circle, chunk_bytes),
         )
+        self._shares = circle is not None
         self._agreement = agreement or Agreement()
         self._guard = Guard()
         self._lock = threading.RLock()
@@ -529,9 +582,11 @@ class MemoryManager:
             move.notes.extend(self._engine.tier_notes(moving))
             if StateKind.WEIGHTS in moving:
                 move.notes.extend(self._engine.derive_notes())
+            move.notes.extend(self._engine.sharing_notes(moving))
 
         what = _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking)
-        call = Call(what, self._with_answers(wanted, (None,)))
+        rounds = (*[ANSWERS] * self._engine.derives(wanted), *[NOTES] * self._shares, None)
+        call = Call(what, rounds)
         return self._run("offload", wanted, act, non_blocking, call)
 
     @overload
@@ -607,12 +662,11 @@ class MemoryManager:
             move.kinds.update(reports)
             move.notes.extend(notes)
 
-        one_by_one = tuple(kind for kind in self._engine.order_of_return if kind in wanted)
-        call = Call(
-            _in_words("onload", wanted, "non_blocking" * non_blocking),
-            self._with_answers(wanted, one_by_one if non_blocking else (None,)),
-            wait_for_memory,
-        )
+        one_by_one = [kind for kind in self._engine.order_of_return if kind in wanted] if non_blocking else [None]
+        rounds: list[Point] = [*[NOTES] * self._shares, *one_by_one]
+        if self._engine.derives(wanted):
+            rounds.insert(rounds.index(StateKind.WEIGHTS if non_blocking else None), ANSWERS)
+        call = Call(_in_words("onload", wanted, "non_blocking" * non_blocking), tuple(rounds), wait_for_memory)
         return self._run("onload", wanted, act, non_blocking, call)
 
     def wait(self) -> None:
@@ -703,13 +757,17 @@ class MemoryManager:
     def close(self, *, discard: bool = False) -> None:
         """Bring everything back, remove the hook, and give host memory back. Closing twice is fine.
 
+        With replicas, bringing back takes all ranks: they all close (or call `onload`) while something is offloaded.
+
         Args:
-            discard: do not bring anything back. What is offloaded is lost: the tensors stay empty, and using the model
-                or the optimizer keeps raising `OffloadedError`. For the end of a job.
+            discard: do not bring anything back. What is offloaded is lost (with replicas, for the other ranks, too):
+                the tensors stay empty, and using the model or the optimizer keeps raising `OffloadedError`. For the end
+                of a job.
 
         Raises:
             DeviceMemoryError: what is offloaded does not fit back; the manager stays open and nothing is lost.
             CorruptionError: as from `onload`; the manager stays open.
+            PeerError, AgreementError: with replicas, other ranks did not do the same; the manager stays open.
         """
         with self._exclusive():
             if self._closed:
@@ -718,7 +776,8 @@ class MemoryManager:
             self._finish_preparing()
             self._discarded |= discard
             if not self._discarded:
-                with self._apart():
+                away = any(self._engine.is_away(kind) for kind in ALL_KINDS)
+                with contextlib.nullcontext() if self._shares and away else self._apart():
                     self.onload()
                 self._guard.close()
             self._engine.close()
@@ -777,13 +836,6 @@ class MemoryManager:
         return self.onload(StateKind.GRAD_BUFFERS)
 
     # --- inside --------------------------------------------------------------------------------------------------
-
-    def _with_answers(self, wanted: Sequence[StateKind], points: tuple[Point, ...]) -> tuple[Point, ...]:
-        """The points of a call, with the one in which ranks ask each other about weights that are derived."""
-        if not self._engine.derives_weights or StateKind.WEIGHTS not in wanted:
-            return points
-        number = points.index(StateKind.WEIGHTS) if StateKind.WEIGHTS in points else 0
-        return (*points[:number], ANSWERS, *points[number:])
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

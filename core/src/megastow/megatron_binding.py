@@ -14,6 +14,7 @@ import torch
 from megastow import collect
 from megastow.guard import CallTable, GuardedCalls, call_table, module_calls
 from megastow.megatron_parts import (
+    ReplicaGroups,
     add_dispatchers,
     add_optimizer,
     leaves,
@@ -65,6 +66,10 @@ class MegatronBinding:
         """See `BoundAdapter`."""
         raise NotImplementedError
 
+    def replica_groups(self) -> ReplicaGroups:
+        """Over which ranks parameters are the same as a rule; over none, if a generation does not say."""
+        return ReplicaGroups()
+
     def buffer_calls(self) -> Iterator[GuardedCalls]:
         """The calls on buffers, buckets and whatever else a chunk delegates to."""
         yield from ()
@@ -82,9 +87,10 @@ class MegatronBinding:
         self.refuse_unsupported(modules)
         inventory = Inventory(self._device)
         self.add_buffers(inventory)
-        collect.add_modules(inventory, modules)
+        replicas = self.replica_groups()
+        collect.add_modules(inventory, modules, replicas.of_parameter)
         add_dispatchers(inventory, modules)
-        add_optimizer(inventory, self._optimizer)
+        add_optimizer(inventory, self._optimizer, replicas)
         grads = inventory.group(StateKind.GRAD_BUFFERS, "gradients on parameters", keep=False)
         collect.add_grads(grads, modules.parameters)
         return inventory

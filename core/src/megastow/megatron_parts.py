@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from megastow import collect
 from megastow.errors import TransferError
 from megastow.guard import COPY_METHODS, GuardedCalls, call_table
 from megastow.plain import TORCH_OPTIMIZER_CALLS
-from megastow.state import ALL_KINDS, Inventory, StateKind, Workspace
+from megastow.state import ALL_KINDS, Inventory, Ranks, StateKind, Workspace
 
 _W, _M, _S, _G = StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES, StateKind.GRAD_BUFFERS
 
@@ -68,6 +69,50 @@ def add_dispatchers(inventory: Inventory, modules: collect.NamedModules) -> None
                     collect.add_attributes(group, f"{path}.{name}._comm_manager", manager)
 
 
+# --- replicas ---------------------------------------------------------------------------------------------------------
+
+
+def ranks_of(group: object) -> Ranks:
+    """The ranks of a process group that this process is in; none if it is none, or has only one rank."""
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        return ()
+    ranks = sorted(torch.distributed.get_process_group_ranks(group))
+    return tuple(ranks) if len(ranks) > 1 else ()
+
+
+@dataclass(frozen=True)
+class ReplicaGroups:
+    """Over which ranks a trainer's state is the same as a rule: parameters, and what an optimizer keeps unsharded.
+
+    Attributes:
+        dense: the data-parallel ranks, with those of context parallelism.
+        expert: the ranks that have the same experts.
+    """
+
+    dense: Ranks = ()
+    expert: Ranks = ()
+
+    @classmethod
+    def of_buffers(cls, dense: Iterable[Any], expert: Iterable[Any]) -> ReplicaGroups:
+        """Those of the flat buffers of chunks, each of which knows its group."""
+        first, second = (
+            next((ranks_of(getattr(buffer, "data_parallel_group", None)) for buffer in buffers), ())
+            for buffers in (dense, expert)
+        )
+        return cls(first, second)
+
+    def of_parameter(self, parameter: torch.Tensor) -> Ranks:
+        """Megatron marks the parameters of experts by `allreduce`."""
+        return self.dense if getattr(parameter, "allreduce", True) else self.expert
+
+    def of_leaf(self, leaf: Any) -> Ranks:
+        """Those of an optimizer that no chain is around; none of one that each rank has a shard of."""
+        if any("DistributedOptimizer" in base.__name__ for base in type(leaf).__mro__):
+            return ()
+        groups = getattr(leaf.optimizer, "param_groups", ())
+        return self.expert if any(group.get("is_expert_parallel") for group in groups) else self.dense
+
+
 # --- optimizers -------------------------------------------------------------------------------------------------------
 #
 # `get_megatron_optimizer` returns a tree: chains (always since 0.12, never before 0.6) of leaves, and each leaf wraps
@@ -99,19 +144,22 @@ def leaves(optimizer: Any) -> Iterator[Any]:
         yield from leaves(child)
 
 
-def add_optimizer(inventory: Inventory, optimizer: Any) -> None:
+def add_optimizer(inventory: Inventory, optimizer: Any, replicas: ReplicaGroups | None = None) -> None:
     """List main weights, states, and the gradients that hang on main weights."""
-    main = inventory.group(StateKind.MAIN_WEIGHTS, "main weights")
-    states = inventory.group(StateKind.OPTIMIZER_STATES, "inner optimizer state")
     for number, leaf in enumerate(leaves(optimizer)):
-        prefix = f"optimizer[{number}]"
-        for attribute in _MAIN_GROUPS:
-            for index, tensor in enumerate(_flatten(getattr(leaf, attribute, ()))):
-                main.add(f"{prefix}.{attribute}[{index}]", tensor)
-        inner = device_part(leaf.optimizer)
-        if inner is not None:
-            collect.add_main_weights(main, inner, f"{prefix}.", listed={id(tensor) for _, tensor in main.tensors})
-            collect.add_optimizer_states(states, inner, f"{prefix}.")
+        _add_leaf(inventory, leaf, f"optimizer[{number}]", () if replicas is None else replicas.of_leaf(leaf))
+
+
+def _add_leaf(inventory: Inventory, leaf: Any, prefix: str, replicas: Ranks) -> None:
+    main = inventory.group(StateKind.MAIN_WEIGHTS, "main weights", replicas=replicas)
+    states = inventory.group(StateKind.OPTIMIZER_STATES, "inner optimizer state", replicas=replicas)
+    for attribute in _MAIN_GROUPS:
+        for index, tensor in enumerate(_flatten(getattr(leaf, attribute, ()))):
+            main.add(f"{prefix}.{attribute}[{index}]", tensor)
+    inner = device_part(leaf.optimizer)
+    if inner is not None:
+        collect.add_main_weights(main, inner, f"{prefix}.")
+        collect.add_optimizer_states(states, inner, f"{prefix}.")
     # A precision-aware optimizer keeps its main copies in the state dictionary.
     main_copies = [entry for entry in states.tensors if _is_main_copy(entry[0])]
     if main_copies:

@@ -10,7 +10,7 @@ from megastow import collect
 from megastow.errors import UnsupportedLayoutError
 from megastow.guard import COPY_METHODS, GuardedCalls, call_table, module_calls
 from megastow.megatron import MegatronInfo
-from megastow.state import ALL_KINDS, Inventory, StateKind, Workspace
+from megastow.state import ALL_KINDS, Inventory, Ranks, StateKind, Workspace
 
 _SHARDING_WRAPPERS = {"FullyShardedDataParallel", "FSDPModule"}
 
@@ -71,6 +71,14 @@ def is_megatron_wrapper(module: torch.nn.Module) -> bool:
     )
 
 
+def all_ranks() -> Ranks:
+    """The ranks of the job; none if it has only one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return ()
+    world = torch.distributed.get_world_size()
+    return tuple(range(world)) if world > 1 else ()
+
+
 class PlainBinding:
     """Modules, and perhaps a torch optimizer over them."""
 
@@ -90,15 +98,21 @@ class PlainBinding:
         return {"use_distributed_optimizer": False, "params_dtype": collect.largest_dtype(self._model)}
 
     def inventory(self) -> Inventory:
-        """Parameters, buffers, optimizer state and gradients."""
+        """Parameters, buffers, optimizer state and gradients.
+
+        Nothing tells over which ranks they are replicated, so all are taken for such: it is checked.
+        """
         inventory = Inventory(self._device)
         modules = collect.named_modules(self._model)
-        collect.add_modules(inventory, modules)
+        replicas = all_ranks()
+        collect.add_modules(inventory, modules, lambda parameter: replicas)
         parameters: list[tuple[str, torch.Tensor]] = list(modules.parameters)
         if self._optimizer is not None:
-            main = inventory.group(StateKind.MAIN_WEIGHTS, "parameters that only the optimizer knows")
+            main = inventory.group(
+                StateKind.MAIN_WEIGHTS, "parameters that only the optimizer knows", replicas=replicas
+            )
             collect.add_main_weights(main, self._optimizer, listed={id(parameter) for _, parameter in parameters})
-            states = inventory.group(StateKind.OPTIMIZER_STATES, "optimizer state")
+            states = inventory.group(StateKind.OPTIMIZER_STATES, "optimizer state", replicas=replicas)
             collect.add_optimizer_states(states, self._optimizer)
             parameters += main.tensors
         collect.add_grads(inventory.group(StateKind.GRAD_BUFFERS, "gradients", keep=False), parameters)

@@ -36,6 +36,9 @@ class StateKind(str, enum.Enum):
 
 KindLike = StateKind | str
 
+Ranks = tuple[int, ...]
+"""Ranks by their global numbers, in ascending order."""
+
 ALL_KINDS: tuple[StateKind, ...] = tuple(StateKind)
 
 ORDER_OF_USE = (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES)
@@ -89,6 +92,9 @@ class TensorGroup:
         keep: the bytes must be copied out; False means that the content may be dropped and comes back as zeros.
         transient: other tensors, of other sizes, may be here at the next move (what a forward pass left behind). They
             are not packed, and have host memory of their own, so that their sizes do not disturb anything lasting.
+        replicas: the ranks of the process group over which the bytes are the same as a rule, by their global numbers;
+            none if there is no such group. It is checked before anything depends on it, so that an exception (ranks
+            between a step and its parameter gather) costs host memory, and nothing else.
         tensors: name and tensor. A tensor of any dtype, shape and stride; several may lie on one storage.
     """
 
@@ -96,6 +102,7 @@ class TensorGroup:
     label: str
     keep: bool = True
     transient: bool = False
+    replicas: Ranks = ()
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
     def add(self, name: str, tensor: torch.Tensor | None) -> None:
@@ -125,9 +132,11 @@ class Inventory:
     device: torch.device
     groups: list[TensorGroup] = field(default_factory=list)
 
-    def group(self, kind: StateKind, label: str, *, keep: bool = True, transient: bool = False) -> TensorGroup:
+    def group(
+        self, kind: StateKind, label: str, *, keep: bool = True, transient: bool = False, replicas: Ranks = ()
+    ) -> TensorGroup:
         """Open a new group of `kind` and return it to be filled."""
-        group = TensorGroup(kind, label, keep, transient)
+        group = TensorGroup(kind, label, keep, transient, replicas)
         self.groups.append(group)
         return group
 

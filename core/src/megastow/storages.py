@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 
 from megastow.errors import StateChangedError, UnsupportedTensorError
-from megastow.state import ALL_KINDS, Inventory, StateKind
+from megastow.shares import Share
+from megastow.state import ALL_KINDS, Inventory, Ranks, StateKind
 
 
 @dataclass
@@ -29,6 +30,9 @@ class StorageRecord:
         kind: the kind it moves with.
         keep: whether its bytes must be copied out.
         transient: whether only passing tensors lie on it (see `TensorGroup`).
+        replicas: the ranks that hold the same bytes as a rule, by the first group that names any.
+        peers: those of them with which this rank may share it, itself among them; none if it shares nothing.
+        share: what this rank is to keep of it; None for the whole.
         tensors: name and tensor, each tensor object once.
         derived: whether its bytes follow from others, and need not be copied out (`derived.py`).
     """
@@ -37,6 +41,9 @@ class StorageRecord:
     kind: StateKind
     keep: bool
     transient: bool = False
+    replicas: Ranks = ()
+    peers: Ranks = ()
+    share: Share | None = None
     tensors: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     derived: bool = False
 
@@ -44,6 +51,11 @@ class StorageRecord:
     def nbytes(self) -> int:
         """Bytes of the storage now."""
         return self.storage.nbytes()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that a copy has of which this rank keeps its share."""
+        return self.nbytes if self.share is None else self.share.kept_bytes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +121,7 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
     known: dict[int, StorageRecord] = {}  # by identity of the tensor
     last: StorageRecord | None = None
     for group in sorted(inventory.groups, key=lambda group: ALL_KINDS.index(group.kind)):
-        keep, transient = group.keep, group.transient
+        keep, transient, replicas = group.keep, group.transient, group.replicas
         for entry in group.tensors:
             tensor = entry[1]
             record = known.get(id(tensor))
@@ -124,7 +136,7 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
                     key = storage_id(storage)
                     record = records.get(key)
                     if record is None:
-                        record = records[key] = StorageRecord(storage, group.kind, keep, transient)
+                        record = records[key] = StorageRecord(storage, group.kind, keep, transient, replicas)
                     last = record
                 record.tensors.append(entry)
                 known[id(tensor)] = record
@@ -132,6 +144,8 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
                 record.keep = True
             if not transient:
                 record.transient = False
+            if replicas and not record.replicas:
+                record.replicas = replicas
     return records
 
 

@@ -9,13 +9,15 @@ or use the target before.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from megastow import faults
 from megastow.device import Device
+from megastow.gather import NOTHING_TO_GATHER, Gathering
+from megastow.shares import Piece, Share
 from megastow.staging import StagedArrival, Staging
 from megastow.storages import byte_view
 from megastow.tiers import Region, Tier
@@ -24,20 +26,58 @@ DEFAULT_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
+class Run:
+    """Bytes that lie side by side in a storage and on the host.
+
+    Attributes:
+        start: where they begin in the storage.
+        offset: where they begin in the region.
+        nbytes: how many.
+        piece: what they are this rank's chunk of; None for what it needs no other rank for.
+    """
+
+    start: int
+    offset: int
+    nbytes: int
+    piece: Piece | None = None
+
+
+@dataclass(frozen=True)
 class HostSlice:
-    """Where a storage's bytes lie on the host: `nbytes` from `offset` in `region`."""
+    """Where a storage's bytes lie on the host: `nbytes` from `offset` in `region`.
+
+    With a `share` they are only those that this rank keeps of it, in their order.
+    """
 
     region: Region
     offset: int
     nbytes: int
+    share: Share | None = None
 
     def bytes(self) -> torch.Tensor:
         """uint8 tensor of shape [nbytes] on the host; no copy, except from a file, which is read."""
         return self.region.view(self.offset, self.nbytes)
 
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the storage that it is of."""
+        return self.nbytes if self.share is None else self.share.nbytes
+
     def lend(self) -> torch.UntypedStorage:
         """A storage of `nbytes` over them for others to look at; no copy."""
         return self.region.lend(self.offset, self.nbytes)
+
+    def runs(self) -> Iterator[Run]:
+        """The stretches of the storage that are kept, in the order in which they lie on the host."""
+        if self.share is None:
+            yield Run(0, self.offset, self.nbytes)
+            return
+        offset = self.offset
+        for piece in self.share.pieces():
+            yield Run(piece.own_start, offset, piece.chunk_bytes, piece)
+            offset += piece.chunk_bytes
+        if self.share.rest_bytes:
+            yield Run(self.share.nbytes - self.share.rest_bytes, offset, self.share.rest_bytes)
 
 
 class Transport:
@@ -54,59 +94,80 @@ class Transport:
         self._device = device
         self._chunk_bytes = chunk_bytes
         self._staging = staging or Staging(device, chunk_bytes)
+        self._gathering = NOTHING_TO_GATHER
 
     def copy_out(self, storage: torch.UntypedStorage, host: HostSlice) -> None:
         """Queue the copy of a storage to the host; call within `device.copying()`."""
         source = byte_view(storage)
         target = host.bytes() if _is_direct(host) else None
-        for start, end in self._chunks(host):
-            faults.point("offload.chunk")
-            if target is None:
-                self._staging.write(source[start:end], host.region, host.offset + start)
-            else:
-                target[start:end].copy_(source[start:end], non_blocking=True)
-                faults.point("offload.copied", target[start:end])
+        for run in host.runs():
+            for start, at, nbytes in self._chunks(host, run):
+                faults.point("offload.chunk")
+                chunk = source[start : start + nbytes]
+                if target is None:
+                    self._staging.write(chunk, host.region, at)
+                else:
+                    there = target[at - host.offset :][:nbytes]
+                    there.copy_(chunk, non_blocking=True)
+                    faults.point("offload.copied", there)
 
     def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
-        """Queue the copy of what the host keeps into a storage; call within `device.copying()`."""
+        """Queue the copy of what the host keeps into a storage; call within `device.copying()`.
+
+        Of what is shared, the all-gathers are queued with it; see `gather_into`.
+        """
         target = byte_view(storage)
         source = host.bytes() if _is_direct(host) else None
-        for start, end in self._chunks(host):
-            faults.point("onload.chunk")
-            if source is None:
-                self._staging.read(host.region, host.offset + start, target[start:end])
-            else:
-                target[start:end].copy_(source[start:end], non_blocking=True)
-                faults.point("onload.copied", target[start:end])
+        for run in host.runs():
+            for start, at, nbytes in self._chunks(host, run):
+                faults.point("onload.chunk")
+                chunk = target[start : start + nbytes]
+                if source is None:
+                    self._staging.read(host.region, at, chunk)
+                else:
+                    chunk.copy_(source[at - host.offset :][:nbytes], non_blocking=True)
+                    faults.point("onload.copied", chunk)
+            if run.piece is not None:
+                self._gathering.follow(self._staging.queued())
+
+    def gather(self, gathering: Gathering) -> None:
+        """Use these all-gathers for what is shared, from here to the end of the move; all or none are then made."""
+        self._gathering = gathering
 
     def begin_reading(self, host: HostSlice) -> None:
         """Make sure that work queued from here on finds what `copy_in` has queued for a slice; call within `copying()`.
 
         Waits where threads take part: the device does not know of what they are about to do.
         """
-        if not _is_direct(host):
+        gathers_later = host.share is not None and (self._gathering.is_behind or not self._device.queues_collectives)
+        if gathers_later or not _is_direct(host):
             self.arrival().wait()
 
     def arrival(self) -> StagedArrival:
         """The moment when what is queued by now has arrived; call within `device.copying()`."""
-        return StagedArrival(self._device.arrival(), self._staging.queued())
+        return StagedArrival(self._gathering.arrival(self._device.arrival()), self._staging.queued())
 
     def confirm(self) -> None:
         """Wait until every copy has arrived; errors surface here."""
         for future in self._staging.queued():
             future.result()
+        self._gathering.confirm()
         self._device.confirm()
+        self._gathering = NOTHING_TO_GATHER
 
     def settle(self) -> None:
         """Make sure that no copy is under way, whatever has become of it: of a move that failed or was interrupted."""
         self._staging.settle()
+        self._gathering.settle()
+        self._gathering = NOTHING_TO_GATHER
         with contextlib.suppress(Exception):
             self._device.confirm()
 
-    def _chunks(self, host: HostSlice) -> Iterable[tuple[int, int]]:
+    def _chunks(self, host: HostSlice, run: Run) -> Iterator[tuple[int, int, int]]:
+        """Where each copy of a run begins in the storage, and in the region, and its bytes."""
         most = self._chunk_bytes if _is_direct(host) else self._staging.chunk_bytes
-        for start, nbytes in host.region.chunks(host.offset, host.nbytes, most):
-            yield start, start + nbytes
+        for start, nbytes in host.region.chunks(run.offset, run.nbytes, most):
+            yield run.start + start, run.offset + start, nbytes
 
 
 def _is_direct(host: HostSlice) -> bool:

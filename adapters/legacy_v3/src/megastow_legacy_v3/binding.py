@@ -22,7 +22,7 @@ from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
 from megastow.megatron_derived import derivable_buffers
 from megastow.megatron_layouts import captured_modules, quantized_parameters, refuse
-from megastow.megatron_parts import launched_by_buckets, leaves, wait_until_idle
+from megastow.megatron_parts import ReplicaGroups, launched_by_buckets, leaves, ranks_of, wait_until_idle
 from megastow.state import Inventory, StateKind
 
 W, G = StateKind.WEIGHTS, StateKind.GRAD_BUFFERS
@@ -68,15 +68,23 @@ class LegacyV3Binding(MegatronBinding):
 
     def add_buffers(self, inventory: Inventory) -> None:
         """The `ParamAndGradBuffer`s; buckets, shards and the optimizer's views lie on the same storages."""
-        weights = inventory.group(W, "flat parameter buffers")
         grads = inventory.group(G, "flat gradient buffers", keep=False)
         for path, buffer in self._buffers():
+            replicas = ranks_of(buffer.data_parallel_group)
+            weights = inventory.group(W, "flat parameter buffer", replicas=replicas)
             weights.add(f"{path}.param_data", buffer.param_data)
             grads.add(f"{path}.grad_data", buffer.grad_data)
 
     def derivable_buffers(self) -> Iterable[DerivableBuffer]:
         """The buffers of the distributed optimizer, each gathered by its data-parallel group."""
         return derivable_buffers(self._buffers(), self._optimizer, lambda buffer, _: buffer.data_parallel_group)
+
+    def replica_groups(self) -> ReplicaGroups:
+        """Those of the buffers."""
+        return ReplicaGroups.of_buffers(
+            (buffer for chunk in self._model for buffer in chunk.buffers),
+            (buffer for chunk in self._model for buffer in chunk.expert_parallel_buffers),
+        )
 
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Wait until no collective reads or writes the buffers; why that is all: see `launched_by_buckets`.

@@ -17,7 +17,7 @@ from megastow.errors import TransferError
 from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
 from megastow.megatron_derived import derivable_buffers
-from megastow.megatron_parts import wait_until_idle
+from megastow.megatron_parts import ReplicaGroups, ranks_of, wait_until_idle
 from megastow.state import Inventory, StateKind
 from megastow_mcore.layout import bucket_groups, flat_buffers, refuse_unsupported
 
@@ -68,9 +68,10 @@ class McoreBinding(MegatronBinding):
 
     def add_buffers(self, inventory: Inventory) -> None:
         """The `_ParamAndGradBuffer`s, and gradients that 0.17 and later keep beside them."""
-        weights = inventory.group(W, "flat parameter buffers")
         grads = inventory.group(G, "flat gradient buffers", keep=False)
         for number, buffer in enumerate(buffer for chunk in self._model for buffer in flat_buffers(chunk)):
+            replicas = ranks_of(buffer.data_parallel_group)
+            weights = inventory.group(W, "flat parameter buffer", replicas=replicas)
             weights.add(f"buffers[{number}].param_data", buffer.param_data)
             grads.add(f"buffers[{number}].grad_data", buffer.grad_data)
             for index, tensor in enumerate(getattr(buffer, "extra_main_grads", None) or ()):
@@ -87,6 +88,13 @@ class McoreBinding(MegatronBinding):
         buffers = [buffer for chunk in self._model for buffer in flat_buffers(chunk)]
         named = [(f"buffers[{number}]", buffer) for number, buffer in enumerate(buffers)]
         return derivable_buffers(named, self._optimizer, lambda _, bucket: groups[id(bucket)])
+
+    def replica_groups(self) -> ReplicaGroups:
+        """Those of the buffers."""
+        return ReplicaGroups.of_buffers(
+            (buffer for chunk in self._model for buffer in chunk.buffers),
+            (buffer for chunk in self._model for buffer in chunk.expert_parallel_buffers),
+        )
 
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
         """Wait until no collective reads or writes the buffers.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megastow import TransferHandle, create_memory_manager
+from megastow import StateKind, TransferHandle, TransferReport, create_memory_manager
 from megastow import swap as swap_places
 from megastow.report import format_bytes
 from megastow.residue import beside_the_allocator
@@ -246,11 +246,42 @@ def small(session: Session) -> Iterator[Figure]:
 @row(
     "replicas",
     "replicated state by slices and an all-gather, over the links of all ranks",
-    {"offload": Goal(0.95), "onload": Goal(0.95)},
+    {"offload": Goal(0.95), "onload": Goal(0.95), "host memory": Goal(1.001, at_most=True)},
 )
 def replicas(session: Session) -> Iterator[Figure]:
-    """Not built yet."""
-    raise NotAvailable("not built in this version")
+    """The weights, which are the same on all ranks, by a manager of their own."""
+    if session.world == 1:
+        raise NotAvailable("there is only one rank, and nobody to share with; --ranks=2 and more")
+    tenant = session.settled()
+    with create_memory_manager(tenant.subject.model, tenant.subject.optimizer, replicas=True) as sharing:
+        reports: list[TransferReport] = []
+
+        def cycle() -> Cycle:
+            return tenant.cycle_by(
+                lambda: reports.append(sharing.offload("weights")), lambda: sharing.onload("weights")
+            )
+
+        cycle()  # connects the ranks, and makes host memory
+        cycles = session.repeated(cycle)
+    kept = reports[-1].kinds[StateKind.WEIGHTS]
+    for name, bound_key, seconds in (
+        ("offload", "out", [each.out for each in cycles]),
+        ("onload", "in", [each.back for each in cycles]),
+    ):
+        bound = session.bounds[bound_key]
+        most = session.world * bound.bytes_per_second
+        yield Figure(
+            name,
+            Spread.of(kept.device_bytes / each / most for each in seconds),
+            against=f"{session.world} times the {bound.name}",
+            seconds=Spread.of(seconds),
+            nbytes=kept.device_bytes,
+        )
+    part = kept.host_bytes * session.world / kept.device_bytes
+    against = f"1/{session.world} of the weights"
+    yield Figure("host memory", Spread((part,)), against=against, nbytes=kept.host_bytes)
+    for note in reports[-1].notes:
+        session.note(note)
 
 
 @row(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megastow.engine import Engine, Parked
+from megastow.engine import Engine, Parked, RegionKey
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
 from megastow.head_start import Begun
@@ -47,9 +47,9 @@ class ForgetsTheLastChunk(Transport):
     """
 
     def copy_out(self, storage: torch.UntypedStorage, host: HostSlice) -> None:
-        *chunks, last = self._chunks(host)
-        _, end = chunks[-1] if chunks else last
-        super().copy_out(storage, dataclasses.replace(host, nbytes=end))
+        *chunks, last = (chunk for run in host.runs() for chunk in self._chunks(host, run))
+        start, _, nbytes = chunks[-1] if chunks else last
+        super().copy_out(storage, dataclasses.replace(host, nbytes=start + nbytes))
 
 
 @breaks("failure", "training", because="after a fault there is nothing left to train on")
@@ -135,8 +135,8 @@ class LooksWhenItIsTooLate(Engine):
     Stands for a check behind a move that cannot be undone any more.
     """
 
-    def _move_out(self, plans: Any, begun: Any, clock: Any, inspect: Any, ballot: Any) -> None:
-        super()._move_out(plans, begun, clock, None, ballot)
+    def _move_out(self, plans: Any, begun: Any, clock: Any, inspect: Any, ballot: Any, kinds: Any) -> None:
+        super()._move_out(plans, begun, clock, None, ballot, kinds)
         if inspect is not None:
             inspect(())
 
@@ -148,10 +148,8 @@ class PreparesOverWhatIsAway(Engine):
     Stands for a preparation in the background that was written for the first cycle.
     """
 
-    def prepare(
-        self, inventory: Callable[[], Inventory], kinds: Iterable[StateKind]
-    ) -> dict[tuple[StateKind, bool], int]:
-        away = {(kind, False): 8 for kind in kinds if kind in self._parked}
+    def prepare(self, inventory: Callable[[], Inventory], kinds: Iterable[StateKind]) -> dict[RegionKey, int]:
+        away = {RegionKey(kind): 8 for kind in kinds if kind in self._parked}
         return {**super().prepare(inventory, list(kinds)), **away}
 
 

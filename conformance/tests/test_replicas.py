@@ -1,0 +1,34 @@
+"""Replicas with a real Megatron on two ranks: adapters say what is replicated, and over which ranks."""
+
+import pytest
+import real_megatron
+import replica_checks as checks
+
+from megastow_conformance.scenarios import SCENARIOS
+from megastow_conformance.workers import WorkerGroup
+
+KEPT = ("weights", "main_weights", "optimizer_states")
+HALF = (0.5, 0.75)  # up to 8 KiB a storage are kept by both, which is much of so small a model
+ALL = (0.99, 1.01)
+SHARES = {
+    "gpt_moe_plainopt": dict.fromkeys(KEPT, HALF),
+    "gpt_moe_distopt": {"weights": HALF, "main_weights": ALL, "optimizer_states": ALL},
+    "gpt_ep2_distopt": {"weights": (0.6, 0.9), "main_weights": ALL},  # each rank has experts of its own
+}
+
+
+@pytest.fixture(scope="module", params=["mcore-0.16", "v3-0.8"])
+def pair(request):
+    with WorkerGroup(real_megatron.row(request.param), 2) as group:
+        yield group
+
+
+@pytest.mark.parametrize("scenario", SHARES)
+def test_each_rank_keeps_a_part(pair, scenario):
+    outcome = pair.run(checks.keeps_a_part, SCENARIOS[scenario], parameters={"shares": SHARES[scenario]})
+    assert outcome.verdict == "passed", outcome.report()
+
+
+def test_ranks_that_differ_for_a_while_lose_nothing(pair):
+    outcome = pair.run(checks.notices_ranks_between_a_step_and_its_gather, SCENARIOS["gpt_distopt"])
+    assert outcome.verdict == "passed", outcome.report()

@@ -1,0 +1,336 @@
+"""All-gathers that rebuild storages of which each rank of a host keeps a share: bounded, and the same on all ranks.
+
+[Note: the same all-gathers on all ranks]
+A rank that left one out would leave the others waiting in it. So all of a move are listed before the first one begins,
+in an order that is the same on all ranks, and whatever fails on a rank meanwhile, the rest of them is made all the same
+(`settle`), with bytes that nobody will use: the vote that follows undoes the move everywhere. Groups that overlap do
+not wait for each other in a circle, because each rank takes them in the order of their ranks, kind by kind.
+
+Not every rank gets that far: one is killed, or interrupted once more. The others look into the store now and then while
+they wait, for one that has withdrawn, and give up after a time. A communicator that was given up is aborted, and the
+next move makes a new one.
+
+[Note: what cannot be bounded]
+Memory that an all-gather still writes to must not be given back, so `settle` waits for its end, also of one that was
+given up. gloo ends each within its own limit, at the latest. NCCL's ends when the communicator has been aborted, which
+torch tries in a thread here, and which NCCL may not manage; then this rank waits, as any use of its device would. When
+torch's watchdog notices that a peer has died, it ends the process, as it does in training
+(`TORCH_NCCL_ASYNC_ERROR_HANDLING`). Nothing of that changes what is on the host.
+
+The communicators are ours alone: of the ranks of one host, apart from those of the training, so that no collective of
+the training can come between, also not from another thread. Each takes the device memory that NCCL takes for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megastow.agreement import ALONE, Ballot
+from megastow.device import Arrival, Device, Direction, Work
+from megastow.errors import MegastowError, PeerError
+from megastow.shares import Piece
+from megastow.state import Ranks
+from megastow.storages import byte_view
+from megastow.store import StoreLine, store_of
+
+logger = logging.getLogger(__name__)
+
+_AHEAD = 4
+"""How many chunks that threads read may be under way ahead of the all-gather that needs the first of them."""
+
+_POLL_SECONDS = 2e-4
+_LOOK_SECONDS = 0.25
+
+_C10D: Any = dist  # torch's stubs leave the stores out
+
+_TRIALS: dict[int, torch.Tensor] = {}
+"""Memory that a collective may still write to, of communicators that did not come about; a few bytes each."""
+
+_ABORT_SECONDS = 10.0
+
+
+class Communicator:
+    """What the ranks of a host that share storages gather them through.
+
+    Attributes:
+        device: where the storages are.
+        ranks: who takes part, by their global numbers, in ascending order.
+    """
+
+    def __init__(self, backend: Any, device: Device, ranks: Ranks) -> None:
+        self._backend = backend
+        self.device = device
+        self.ranks = ranks
+
+    @classmethod
+    def connect(
+        cls,
+        group: dist.ProcessGroup,
+        device: Device,
+        ranks: Ranks,
+        rank: int,
+        name: str,
+        ballot: Ballot,
+        seconds: float,
+    ) -> Communicator:
+        """Make one with all of its ranks, and try it out; collective over them, and synchronises with the device.
+
+        Args:
+            group: the ranks that move together; they find each other in its store.
+            device: where the storages are.
+            ranks: who takes part.
+            rank: this one.
+            name: what no other communicator in that store is called.
+            ballot: of the move; looked at for others that have given up.
+            seconds: how long others are waited for.
+
+        Raises:
+            PeerError: another rank did not come, or gave up.
+        """
+        enter = device.as_here()
+        index, size = ranks.index(rank), len(ranks)
+
+        def make(store: Any) -> Communicator:
+            with enter(), torch.no_grad():
+                made = cls(device.communicator(_C10D.PrefixStore(name, store), index, size, seconds), device, ranks)
+                # NCCL connects at the first collective. Whether it can is to be known before anything depends on it.
+                trial = torch.full((size,), size, dtype=torch.uint8, device=device.torch_device)
+                trial[index] = index
+                _TRIALS[id(trial)] = trial
+                _Gather(made, made.all_gather(trial, trial[index : index + 1]), ballot, seconds).wait()
+                del _TRIALS[id(trial)]
+                if trial.tolist() != list(range(size)):
+                    raise RuntimeError(f"a trial gave {trial.tolist()}")
+                return made
+
+        try:
+            return StoreLine(store_of(group)).ask(make, 2 * seconds)  # in a thread: connecting may hang
+        except MegastowError:
+            raise
+        except Exception as error:
+            raise PeerError(f"{_names(ranks)} could not connect: {error}", ranks=()) from error
+
+    def all_gather(self, whole: torch.Tensor, own: torch.Tensor) -> Work:
+        """Queue one, behind what is queued on the current stream.
+
+        Args:
+            whole: uint8 of shape [N * n], contiguous: what all N ranks have, in their order.
+            own: uint8 of shape [n]: this rank's part; may lie at its place in `whole`.
+
+        Raises:
+            PeerError: it was closed.
+        """
+        if self._backend is None:
+            raise PeerError(f"the connection of {_names(self.ranks)} was given up", ranks=())
+        work: Work = self._backend._allgather_base(whole, own)
+        return work
+
+    def close(self, *, wait: bool = False) -> None:
+        """Abort what is under way, in a thread. Closing twice is fine.
+
+        Args:
+            wait: give it some seconds; where nothing is under way, and the interpreter may be about to end.
+        """
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            thread = threading.Thread(target=_abort, args=(backend,), name="megastow-abort", daemon=True)
+            thread.start()
+            thread.join(_ABORT_SECONDS if wait else 0.0)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was given up."""
+        return self._backend is None
+
+
+def _abort(backend: Any) -> None:
+    abort = getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)  # the older name; gloo had neither
+    if abort is not None:
+        try:
+            abort()
+        except Exception as error:
+            logger.debug("a communicator could not be aborted: %s", error)
+
+
+class _Gather:
+    """An all-gather under way, that is waited for no longer than the other ranks are with it."""
+
+    def __init__(self, communicator: Communicator, work: Work, ballot: Ballot, seconds: float) -> None:
+        self.communicator = communicator
+        self._work = work
+        self._ballot = ballot
+        self._seconds = seconds
+
+    def wait(self) -> None:
+        """Return when it is done.
+
+        Raises:
+            PeerError: a rank gave up, or did not come; the communicator is closed.
+        """
+        try:
+            start = looked = time.monotonic()
+            while not self._work.is_completed():
+                now = time.monotonic()
+                if self.communicator.is_closed:
+                    raise PeerError(f"the connection of {_names(self.communicator.ranks)} was given up", ranks=())
+                if now - looked > _LOOK_SECONDS:
+                    self._ballot.look()
+                    looked = now
+                if now - start > self._seconds:
+                    raise PeerError(
+                        f"an all-gather over {_names(self.communicator.ranks)} was not done within "
+                        f"{self._seconds:g} s: one of them is gone, or stuck",
+                        ranks=(),
+                    )
+                time.sleep(_POLL_SECONDS)
+            self.communicator.device.check(self._work)
+        except BaseException:
+            self.communicator.close()
+            raise
+
+    def end(self) -> None:
+        """Return when it writes no more, however it ended. See [Note: what cannot be bounded]."""
+        while not self._work.is_completed():
+            time.sleep(_POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One all-gather of a move."""
+
+    communicator: Communicator
+    storage: torch.UntypedStorage
+    piece: Piece
+
+
+class Gathering:
+    """The all-gathers of one move, in the order in which all of their ranks make them.
+
+    See [Note: the same all-gathers on all ranks].
+    """
+
+    def __init__(self, steps: Iterable[Step], ballot: Ballot, seconds: float) -> None:
+        """Begin none of them.
+
+        Args:
+            steps: what to gather; `follow` is called for each in this order.
+            ballot: of the move.
+            seconds: how long other ranks are waited for in each.
+        """
+        self._steps = deque(steps)
+        self._ballot = ballot
+        self._seconds = seconds
+        self._reading: deque[Sequence[Future[None]]] = deque()
+        self._begun: deque[_Gather] = deque()
+        self._num_followed = 0
+        self._num_done = 0
+
+    def follow(self, reading: Sequence[Future[None]]) -> None:
+        """This rank's chunk for the next all-gather is queued: queue that behind it; call within `device.copying()`.
+
+        Args:
+            reading: what threads have to do before the chunk has arrived; their errors are raised here or later.
+        """
+        self._reading.append(reading)
+        self._num_followed += 1
+        while self._reading and (len(self._reading) > _AHEAD or not self._reading[0]):
+            self._begin_next()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether some that `follow` was called for are still to be queued, because threads are reading."""
+        return bool(self._reading)
+
+    def confirm(self) -> None:
+        """Wait until all that `follow` was called for is done; errors surface here."""
+        self._wait(self._num_followed)
+
+    def arrival(self, copied: Arrival) -> Arrival:
+        """The moment when a copy has arrived, and with it all that `follow` was called for until now."""
+        return (
+            _GatheredArrival(copied, functools.partial(self._wait, self._num_followed))
+            if self._num_followed
+            else copied
+        )
+
+    def settle(self) -> None:
+        """Make what was not made yet, and wait until nothing is under way; of a move that has failed here.
+
+        Gives up if another rank does. Interrupted, it gives up at once, and asked again it waits for the end.
+        """
+        self._reading.clear()
+        failed: Exception | None = None
+        try:
+            while self._steps:
+                step = self._steps[0]
+                with contextlib.suppress(PeerError), step.communicator.device.copying(Direction.IN):
+                    self._begin(step)
+                self._steps.popleft()
+            while self._begun:
+                try:
+                    self._begun[0].wait()
+                except Exception as error:
+                    failed = failed or error
+                self._begun[0].end()
+                self._begun.popleft()
+        except BaseException:
+            for step in self._steps:
+                step.communicator.close()
+            for each in self._begun:
+                each.communicator.close()
+            raise
+        if failed is not None:
+            logger.warning("shared state could not be gathered to the end: %s", failed)
+
+    def _begin_next(self) -> None:
+        for future in self._reading.popleft():
+            future.result()
+        self._begin(self._steps.popleft())
+
+    def _begin(self, step: Step) -> None:
+        piece = step.piece
+        whole = byte_view(step.storage)[piece.start : piece.start + piece.nbytes]
+        own = whole[piece.own_start - piece.start :][: piece.chunk_bytes]
+        work = step.communicator.all_gather(whole, own)
+        self._begun.append(_Gather(step.communicator, work, self._ballot, self._seconds))
+        step.communicator.device.follow(work)
+
+    def _wait(self, number: int) -> None:
+        """Return when the first `number` of them are done."""
+        while self._num_done < number:
+            if not self._begun:
+                with self._steps[0].communicator.device.copying(Direction.IN):
+                    self._begin_next()
+            self._begun[0].wait()
+            self._begun.popleft()
+            self._num_done += 1
+
+
+NOTHING_TO_GATHER = Gathering((), ALONE, 0.0)
+"""Of a move in which nothing is shared."""
+
+
+class _GatheredArrival(Arrival):
+    def __init__(self, copied: Arrival, gathered: Callable[[], None]) -> None:
+        self._copied = copied
+        self._gathered = gathered
+
+    def wait(self) -> None:
+        self._gathered()
+        self._copied.wait()
+
+
+def _names(ranks: Ranks) -> str:
+    return f"ranks {', '.join(map(str, ranks))}"

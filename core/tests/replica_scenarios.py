@@ -1,0 +1,406 @@
+"""What each rank does in the tests of `test_replicas.py`; run in all processes of `rank_scenarios.GROUP` at once."""
+
+import contextlib
+import os
+import signal
+import time
+
+import pytest
+import rank_scenarios as ranks
+import torch
+import torch.distributed as dist
+from core_toys import KEPT, KINDS, Trainer, assert_same, device_bytes, junk, moved, raw, snapshot
+from rank_scenarios import BACK, LONG, SHORT, assert_all, everywhere, others_fault
+
+from megastow import (
+    MegastowError,
+    NotOnHostError,
+    PeerError,
+    Residency,
+    StateChangedError,
+    create_memory_manager,
+    faults,
+    machine,
+    swap,
+)
+from megastow.gather import Gathering
+from megastow.plain import PlainBinding
+
+OUT = ["pack.bucket", "host.allocate", "offload.chunk", "offload.copied", "offload.confirm", "offload.drop"]
+UNIT = 4096  # what chunks are a multiple of
+WIDTH = 96  # so that there is something to share
+SIZES = {"bucket_bytes": 1 << 16, "chunk_bytes": 4096}
+
+
+def make(seconds=LONG, seed=0, steps=1, model=None, **options):
+    """A trainer that is the same on all ranks, and its manager."""
+    trainer = Trainer(seed, width=WIDTH) if model is None else model
+    for _ in range(steps if model is None else 0):
+        trainer.step()
+    arguments = {"group": ranks.GROUP, "agree_timeout": seconds, "replicas": True, **SIZES, **options}
+    return trainer, create_memory_manager(trainer.model, trainer.optimizer, **arguments)
+
+
+class Flat:
+    """Parameters of these sizes, with the same bytes on all ranks."""
+
+    def __init__(self, *sizes, seed=0):
+        torch.manual_seed(seed)
+        self.model = torch.nn.ParameterList(
+            torch.nn.Parameter(torch.randint(0, 256, (n,), dtype=torch.uint8), requires_grad=False) for n in sizes
+        )
+        self.optimizer = None
+
+    def tensors(self, kinds=KINDS):
+        return dict(self.model.named_parameters()) if "weights" in kinds else {}
+
+
+def differences(report):
+    """What a report says of storages that could not be shared."""
+    return [note for note in report.notes if "not the same" in note]
+
+
+def kept(nbytes, world):
+    """The host bytes of one of `world` ranks for a storage, each of them rounded up."""
+    rest = nbytes % (world * UNIT)
+    mine = (nbytes - rest) // world + rest
+    return -(-mine // 512) * 512
+
+
+# --- what goes well --------------------------------------------------------------------------------------------------
+
+
+def cycles():
+    trainer, manager = make()
+    twin = Trainer(0, width=WIDTH)
+    twin.step()
+    for number, kinds in enumerate([(), KINDS[:2], ("grad_buffers",), ("optimizer_states", "weights")] * 2):
+        before = snapshot(trainer.tensors())
+        in_background = number >= 4
+        out = manager.offload(*kinds, keep_grads=True, non_blocking=in_background)
+        out = out.wait() if in_background else out
+        assert not differences(out), differences(out)
+        assert device_bytes(moved(trainer.tensors(kinds or KINDS))) == 0
+        blocks = junk([4096] * 4)
+        back = manager.onload(*kinds, non_blocking=in_background)
+        assert (back.wait() if in_background else back).device_bytes > 0
+        assert_same(before, snapshot(trainer.tensors()))
+        assert torch.equal(raw(trainer.step()), raw(twin.step()))
+        del blocks
+    assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
+    manager.close()
+
+
+def host_memory_is_shared():
+    world = ranks.GROUP.size()
+    sizes = [world * UNIT * 20, world * UNIT * 33 + 7, 1, UNIT, world * UNIT - 1, world * UNIT + 1]
+    trainer, manager = make(model=Flat(*sizes), bucket_bytes=1, chunk_bytes=8192)
+    before = snapshot(trainer.tensors())
+    plan = manager.plan("weights")
+    report = manager.offload("weights")
+    assert report.host_bytes == plan.host_bytes == sum(kept(n, world) for n in sizes)
+    assert manager.host_bytes == -(-report.host_bytes // machine.PAGE_BYTES) * machine.PAGE_BYTES
+    assert report.device_bytes == sum(sizes)
+    assert manager.plan("weights").host_bytes == report.host_bytes  # also while away
+    blocks = junk(sizes)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    del blocks
+    manager.close()
+
+
+def all_tiers():
+    for tier in ("pageable", "disk"):
+        trainer, manager = make(host_memory=tier)
+        before = snapshot(trainer.tensors(KEPT))
+        for _ in range(2):
+            report = manager.offload()
+            assert not differences(report), differences(report)
+            blocks = junk([4096] * 4)
+            manager.onload()
+            assert_same(before, snapshot(trainer.tensors(KEPT)))
+            del blocks
+        manager.close()
+
+
+def digests_are_compared():
+    trainer, manager = make(model=Flat(32768), verify="digest")
+    before = snapshot(trainer.tensors())
+    manager.offload()
+
+    def flip(there):
+        there[3] ^= 1
+
+    meddled = faults.meddle("onload.copied", flip) if dist.get_rank() == 1 else contextlib.nullcontext()
+    with meddled, pytest.raises(MegastowError, match=r"other bytes came back") as raised:  # on all ranks
+        manager.onload()
+    assert "keep parts of it" in str(raised.value)
+    assert_all(manager, Residency.OFFLOADED)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
+def two_managers_change_places():
+    (first, one), (second, other) = make(), make(seed=1)
+    before = [snapshot(t.tensors(KEPT)) for t in (first, second)]
+    other.offload()
+    swap(leaving=one, coming=other)
+    swap(leaving=other, coming=one)
+    other.onload()
+    for trainer, expected in zip((first, second), before, strict=True):
+        assert_same(expected, snapshot(trainer.tensors(KEPT)))
+    one.close()
+    other.close()
+
+
+def closing_brings_back_together():
+    trainer, manager = make()
+    before = snapshot(trainer.tensors(KEPT))
+    manager.offload()
+    manager.close()
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
+
+
+def views_are_refused():
+    trainer, manager = make()
+    manager.offload("weights", "optimizer_states")
+    with pytest.raises(NotOnHostError, match=r"shared by ranks 0, 1.*onload it"):
+        manager.host_tensor(trainer.trained[0])
+    with pytest.raises(NotOnHostError, match="replicas=True"):
+        manager.host_state_dict("optimizer_states")
+    with pytest.raises(NotOnHostError, match="replicas=True"):
+        manager.on_host(trainer.model.state_dict)
+    buffer = raw(manager.host_tensor(trainer.model.odd))  # which is not shared
+    manager.onload()
+    assert torch.equal(buffer, raw(trainer.model.odd))
+    manager.close()
+
+
+# --- who shares ------------------------------------------------------------------------------------------------------
+
+
+def ranks_that_differ_keep_all():
+    trainer, manager = make(model=Flat(32768, 32768, 32768), bucket_bytes=1)
+    second = trainer.model[1]
+    for number in range(5):
+        differs = number in (0, 1)
+        second.data.fill_(7)
+        if differs and dist.get_rank() == 1:
+            second.data[5000] = 8
+        before = snapshot(trainer.tensors())
+        report = manager.offload("weights")
+        whole = differs or number == 2  # it was the same again, which is of use in the next one
+        assert report.host_bytes == 2 * kept(32768, ranks.GROUP.size()) + (
+            32768 if whole else kept(32768, ranks.GROUP.size())
+        )
+        assert any("1 storages of weights (1) are not the same" in note for note in report.notes) == whole, number
+        blocks = junk([32768] * 3)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors()))
+        del blocks
+    manager.close()
+
+
+def ranks_with_other_storages_keep_all():
+    sizes = [32768, 32768] if dist.get_rank() == 0 else [32768]
+    trainer, manager = make(model=Flat(*sizes), bucket_bytes=1)
+    before = snapshot(trainer.tensors())
+    for _ in range(2):
+        assert manager.offload("weights").host_bytes == sum(sizes)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
+def hosts_of_their_own(monkeypatch, host_of):
+    monkeypatch.setattr(machine, "host_identity", lambda: host_of(dist.get_rank()))
+
+
+def ranks_of_several_hosts():
+    """Ranks 0 and 1 share one host; the third is alone on its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        hosts_of_their_own(patch, lambda rank: "first" if rank < 2 else "second")
+        trainer, manager = make(model=Flat(49152), bucket_bytes=1)
+    before = snapshot(trainer.tensors())
+    report = manager.offload("weights")
+    assert report.host_bytes == (49152 if dist.get_rank() == 2 else 24576)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.offload("weights")
+    manager.close()  # also the rank that shares nothing waits for the others
+    assert_same(before, snapshot(trainer.tensors()))
+
+
+def experts_of_other_ranks():
+    """Dense parameters are the same on all three ranks, experts on the first and the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainBinding, "inventory", _with_experts(PlainBinding.inventory))
+        trainer, manager = make(model=Flat(49152, 49152, 49152), bucket_bytes=1)
+        if dist.get_rank() == 1:
+            trainer.model[1].data.fill_(3)
+        before = snapshot(trainer.tensors())
+        for _ in range(2):
+            report = manager.offload("weights")
+            assert report.host_bytes == 2 * 16384 + (49152 if dist.get_rank() == 1 else 24576)
+            assert not differences(report), differences(report)
+            manager.onload()
+            assert_same(before, snapshot(trainer.tensors()))
+        manager.close()
+
+
+def _with_experts(inventory):
+    def changed(binding):
+        found = inventory(binding)
+        (group,) = [g for g in found.groups if g.replicas and g.tensors]
+        expert = found.group(group.kind, "experts", replicas=(0, 2) if dist.get_rank() != 1 else (1,))
+        expert.tensors.append(group.tensors.pop(1))
+        return found
+
+    return changed
+
+
+# --- what fails ------------------------------------------------------------------------------------------------------
+
+
+def _fails_everywhere(call, name, rank, error):
+    with others_fault(name, lambda: error("injected"), rank=rank), pytest.raises(BaseException) as raised:
+        call()
+    if dist.get_rank() == rank:
+        assert isinstance(raised.value, KeyboardInterrupt if error is KeyboardInterrupt else MegastowError)
+        assert not isinstance(raised.value, PeerError)
+    else:
+        assert isinstance(raised.value, PeerError), raised.value
+        assert raised.value.ranks == (rank,)
+
+
+def faults_of_an_offload():
+    for error in (RuntimeError, KeyboardInterrupt):
+        for number, name in enumerate(OUT):
+            trainer, manager = make()  # a new one: packing and host memory come once
+            before = snapshot(trainer.tensors())
+            _fails_everywhere(manager.offload, name, number % 2, error)
+            assert_all(manager, Residency.RESIDENT)
+            assert_same(before, snapshot(trainer.tensors()))
+            manager.offload(keep_grads=True)
+            assert_all(manager, Residency.OFFLOADED)
+            manager.onload()
+            assert_same(before, snapshot(trainer.tensors()))
+            manager.close()
+
+
+def faults_of_an_onload():
+    trainer, manager = make(host_memory="pinned")
+    before = snapshot(trainer.tensors())
+    for error in (RuntimeError, KeyboardInterrupt):
+        for in_background in (False, True):
+            if in_background and error is KeyboardInterrupt:
+                continue
+            for number, name in enumerate(BACK):
+                manager.offload(keep_grads=True)
+
+                def call():
+                    moved = manager.onload(non_blocking=in_background)  # noqa: B023
+                    return moved.wait() if in_background else moved  # noqa: B023
+
+                _fails_everywhere(call, name, number % 2, error)
+                assert len({tuple(where) for where in everywhere(ranks.where(manager))}) == 1
+                blocks = junk([4096] * 4)
+                manager.onload()
+                assert_all(manager, Residency.RESIDENT)
+                assert_same(before, snapshot(trainer.tensors()))
+                del blocks
+    manager.close()
+
+
+def a_rank_that_is_interrupted_twice():
+    """It makes no all-gather any more; the others notice, and all connect anew."""
+    trainer, manager = make(5.0)
+    before = snapshot(trainer.tensors(KEPT))
+    for _ in range(2):
+        manager.offload()
+        start = time.monotonic()
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == 1:
+                patch.setattr(Gathering, "_begin", _interrupted(Gathering._begin, after=3))
+            with pytest.raises((KeyboardInterrupt, PeerError), match=r"rank 1 failed: KeyboardInterrupt|^$"):
+                manager.onload()
+        assert time.monotonic() - start < LONG  # the limit, and what gloo takes to end what was under way
+        assert_all(manager, Residency.OFFLOADED)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors(KEPT)))
+    manager.close()
+
+
+def _interrupted(begin, after):
+    passed = []
+
+    def begins(gathering, step):
+        passed.append(step)
+        if after < len(passed) <= after + 2:
+            raise KeyboardInterrupt
+        begin(gathering, step)
+
+    return begins
+
+
+def an_undoing_that_fails_on_one_rank():
+    """It counts as offloaded there, with what is shared still on the device; the same call brings all together."""
+    trainer, manager = make()
+    before = snapshot(trainer.tensors(KEPT))
+    with (
+        others_fault("offload.drop", lambda: RuntimeError("injected"), rank=0),
+        others_fault("onload.confirm", lambda: MemoryError("no room to undo"), rank=1),
+        pytest.raises(MegastowError),
+    ):
+        manager.offload()
+    assert everywhere(ranks.where(manager))[0] == ["resident"] * 4
+    assert everywhere(ranks.where(manager))[1] == ["offloaded"] * 4
+    manager.offload()
+    assert_all(manager, Residency.OFFLOADED)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
+    manager.close()
+
+
+def residencies_that_differ():
+    """A rank that has away what the others have not is told what to do, and helped by it."""
+    trainer, manager = make(model=Flat(32768, 40000))
+    before = snapshot(trainer.tensors())
+    manager.offload("weights")
+    if dist.get_rank() == 0:  # as if it had lost the store between its vote and the decision, and undone its part
+        for parked in manager._engine._parked.pop("weights"):
+            parked.storage.resize_(parked.nbytes).fill_(0)
+        manager._settle()
+        for name, tensor in trainer.tensors(("weights",)).items():
+            tensor.data.flatten().view(torch.uint8).copy_(before[name])
+    with pytest.raises((StateChangedError, PeerError), match="do not have the same state away"):
+        manager.onload("weights")
+    manager.offload("weights")
+    assert_all_of(manager, "weights", Residency.OFFLOADED)
+    manager.onload("weights")
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
+def assert_all_of(manager, kind, residency):
+    assert everywhere(manager.residency(kind)) == [residency] * ranks.GROUP.size()
+
+
+def one_is_killed_on_the_way_back():
+    trainer, manager = make(SHORT)
+    manager.offload()
+    killed = others_fault("onload.chunk", lambda: os.kill(os.getpid(), signal.SIGKILL), rank=2, after=2)
+    with killed, pytest.raises(MegastowError):
+        manager.onload()
+    assert ranks.where(manager) == ["offloaded"] * 4
+    assert device_bytes(moved(trainer.tensors())) == 0
+    with pytest.raises(PeerError, match="rank 2 did not come"):
+        manager.onload()
+    manager.close(discard=True)
+
+
+def replicas_on_some_ranks_only():
+    trainer = Trainer()
+    with pytest.raises(MegastowError, match="replicas=True"):
+        create_memory_manager(trainer.model, trainer.optimizer, group=ranks.GROUP, replicas=dist.get_rank() == 0)
