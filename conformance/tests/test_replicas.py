@@ -29,6 +29,13 @@ def test_each_rank_keeps_a_part(pair, scenario):
     assert outcome.verdict == "passed", outcome.report()
 
 
+def test_what_is_derived_is_not_shared(pair):
+    shares = {"weights": (0.0, 0.4), "main_weights": ALL, "optimizer_states": ALL}
+    parameters = {"shares": shares, "derive_weights": True}
+    outcome = pair.run(checks.keeps_a_part, SCENARIOS["gpt_distopt"], parameters=parameters)
+    assert outcome.verdict == "passed", outcome.report()
+
+
 def test_ranks_that_differ_for_a_while_lose_nothing(pair):
     outcome = pair.run(checks.notices_ranks_between_a_step_and_its_gather, SCENARIOS["gpt_distopt"])
     assert outcome.verdict == "passed", outcome.report()

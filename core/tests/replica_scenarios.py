@@ -109,6 +109,27 @@ def host_memory_is_shared():
     manager.close()
 
 
+def an_offload_begins_with_its_parts():
+    """The copies of the last one, before the inventory is made, and none of them twice; with digests for the others."""
+    world = ranks.GROUP.size()
+    trainer, manager = make(model=Flat(world * UNIT * 4, world * UNIT * 2), bucket_bytes=1)
+    for number in range(3):
+        for parameter in trainer.model:
+            parameter.data.random_(0, 256, generator=torch.Generator().manual_seed(number))
+        before = snapshot(trainer.tensors())
+        ahead = []
+        with pytest.MonkeyPatch.context() as patch, faults.meddle("offload.chunk", lambda: None) as copied:
+            make_inventory = PlainBinding.inventory
+            patch.setattr(PlainBinding, "inventory", lambda it: ahead.append(copied[0]) or make_inventory(it))
+            report = manager.offload("weights")
+            assert copied[0] == 6
+        assert ahead[0] == (6 if number else 0)
+        assert not differences(report), differences(report)
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
 def all_tiers():
     for tier in ("pageable", "disk"):
         trainer, manager = make(host_memory=tier)

@@ -21,6 +21,7 @@ def ranks():
     [
         "cycles",
         "host_memory_is_shared",
+        "an_offload_begins_with_its_parts",
         "all_tiers",
         "digests_are_compared",
         "two_managers_change_places",

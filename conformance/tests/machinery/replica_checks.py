@@ -7,10 +7,10 @@ from megastow_conformance.checks.common import away, everything, trained, twin
 STEPS = 4
 
 
-def keeps_a_part(case, shares):
+def keeps_a_part(case, shares, **options):
     """Each rank keeps a part of what all have, all bits come back, and training goes on as without.
 
-    `shares` has the least and the most host memory by kind, over what it takes without replicas.
+    `shares` has the least and the most host memory by kind, over what it takes without replicas and `options`.
     """
     expected = twin(case, STEPS)
     trainer = trained(case)
@@ -18,7 +18,8 @@ def keeps_a_part(case, shares):
         whole = manager.offload()
         manager.onload()
     before = oracle.snapshot(everything(trainer, grads=False))
-    with create_memory_manager(trainer.model, trainer.optimizer, replicas=True, agree_timeout=30) as manager:
+    manager = create_memory_manager(trainer.model, trainer.optimizer, replicas=True, agree_timeout=30, **options)
+    with manager:
         for _ in range(2):
             with away(case, manager, trainer):
                 pass
