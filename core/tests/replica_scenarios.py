@@ -109,6 +109,16 @@ def host_memory_is_shared():
     manager.close()
 
 
+@contextlib.contextmanager
+def _noting_at_inventory(count):
+    """What a count is at each moment at which an inventory is made."""
+    noted = []
+    make = PlainBinding.inventory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainBinding, "inventory", lambda binding: noted.append(count[0]) or make(binding))
+        yield noted
+
+
 def an_offload_begins_with_its_parts():
     """The copies of the last one, before the inventory is made, and none of them twice; with digests for the others."""
     world = ranks.GROUP.size()
@@ -117,13 +127,10 @@ def an_offload_begins_with_its_parts():
         for parameter in trainer.model:
             parameter.data.random_(0, 256, generator=torch.Generator().manual_seed(number))
         before = snapshot(trainer.tensors())
-        ahead = []
-        with pytest.MonkeyPatch.context() as patch, faults.meddle("offload.chunk", lambda: None) as copied:
-            make_inventory = PlainBinding.inventory
-            patch.setattr(PlainBinding, "inventory", lambda it: ahead.append(copied[0]) or make_inventory(it))
+        with faults.meddle("offload.chunk", lambda: None) as copied, _noting_at_inventory(copied) as ahead:
             report = manager.offload("weights")
-            assert copied[0] == 6
         assert ahead[0] == (6 if number else 0)
+        assert copied[0] == 6
         assert not differences(report), differences(report)
         manager.onload()
         assert_same(before, snapshot(trainer.tensors()))
