@@ -370,6 +370,8 @@ def test_operations_between_devices():
     here = torch.arange(12.0).reshape(4, 3)
 
     class Slice:
+        share = None
+
         def lend(self):
             return here.untyped_storage()
 

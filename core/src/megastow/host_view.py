@@ -71,7 +71,7 @@ class HostViews:
                     f"{entry.names[0]} ({entry.kind}) was released without a copy, and comes back as zeros. To look at "
                     "gradients while they are away, offload them with keep_grads=True"
                 )
-            if entry.host.nbytes < entry.nbytes:
+            if entry.share is not None:
                 ranks = ", ".join(map(str, entry.peers))
                 raise NotOnHostError(
                     f"{entry.names[0]} ({entry.kind}) is shared by ranks {ranks}, each of which keeps a part in its "
