@@ -4,9 +4,12 @@ import pytest
 import torch
 from core_toys import Tensors, assert_same, device_bytes, junk, raw, snapshot
 
+from megastow import engine, faults
 from megastow.device import CpuDevice
 from megastow.engine import Engine, RegionKey
+from megastow.errors import TransferError
 from megastow.state import Inventory, Residency, StateKind
+from megastow.transport import Transport
 
 W, M, S, G = StateKind
 CPU = torch.device("cpu")
@@ -103,6 +106,61 @@ def test_the_device_is_waited_for_before_and_released_after():
     rig.engine.offload(rig.inventory, [W], keep_grads=False, give_back=False)
     assert "release_cached" not in rig.device.calls
     assert device_bytes(rig.all) == 0
+
+
+@pytest.fixture
+def mapped_pages(monkeypatch):
+    """A device that gives memory back and takes it beside copies, every 100 bytes."""
+    monkeypatch.setattr(Counting, "frees_beside_copies", True)
+    for name in ("IN_FLIGHT_BYTES", "RETURNED_BYTES", "TAKEN_BYTES"):
+        monkeypatch.setattr(engine, name, 100)
+
+
+def test_memory_goes_back_to_the_driver_while_others_are_on_their_way(mapped_pages):
+    rig = Rig(bucket_bytes=1, weights=[torch.randn(20) for _ in range(6)])
+    left = []
+    rig.device.release_cached = lambda: left.append(device_bytes(rig.all))
+    rig.offload(W)
+    assert left == [320, 160, 0]  # two storages each
+    rig.engine.onload([W])
+    left.clear()
+    rig.engine.offload(rig.inventory, [W], keep_grads=False, give_back=False)
+    assert not left
+
+
+def test_memory_is_taken_part_by_part_while_copies_are_under_way(mapped_pages, monkeypatch):
+    rig = Rig(
+        bucket_bytes=1, weights=[torch.randn(20) for _ in range(3)], grad_buffers=[torch.zeros(20), torch.zeros(20)]
+    )
+    before = snapshot(rig.all)
+    rig.offload(W, G)
+    blocks = junk([80] * 5)
+    copy_in, taken = Transport.copy_in, []
+
+    def noted(self, host, storage):
+        taken.append(device_bytes(rig.all))
+        copy_in(self, host, storage)
+
+    monkeypatch.setattr(Transport, "copy_in", noted)
+    rig.engine.onload([W, G])
+    assert taken == [160, 160, 320]  # two storages, then one with the first of the zeros, which come last
+    assert_same(before, snapshot(rig.all))
+    del blocks
+
+
+@pytest.mark.parametrize("point", ["offload.confirm", "offload.release", "onload.reserve", "onload.chunk"])
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_what_fails_between_two_parts_is_undone(mapped_pages, point, after):
+    rig = Rig(bucket_bytes=1, weights=[torch.randn(20) for _ in range(6)])
+    before = snapshot(rig.all)
+    if point.startswith("onload"):
+        rig.offload(W)
+    with faults.inject(point, OSError, after=after), pytest.raises(TransferError):
+        rig.offload(W) if point.startswith("offload") else rig.engine.onload([W])
+    if point.startswith("onload"):
+        assert device_bytes(rig.all) == 0
+        rig.engine.onload([W])
+    assert_same(before, snapshot(rig.all))
 
 
 @pytest.mark.parametrize("keep", [False, True])

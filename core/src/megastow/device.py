@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import logging
 import os
 import re
@@ -124,6 +125,11 @@ class Device(ABC):
     @abstractmethod
     def release_cached(self) -> None:
         """Give memory that torch caches back to the driver."""
+
+    @property
+    @abstractmethod
+    def frees_beside_copies(self) -> bool:
+        """Whether memory goes back to the driver, and comes from it, without waiting for copies in flight."""
 
     @abstractmethod
     def copying(self, direction: Direction) -> contextlib.AbstractContextManager[object]:
@@ -250,6 +256,10 @@ class CpuDevice(Device):
 
     def release_cached(self) -> None:
         pass
+
+    @property
+    def frees_beside_copies(self) -> bool:
+        return False
 
     @contextlib.contextmanager
     def copying(self, direction: Direction) -> Iterator[None]:
@@ -380,6 +390,14 @@ class CudaDevice(Device):
     def release_cached(self) -> None:
         with torch.cuda.device(self.torch_device):
             torch.cuda.empty_cache()
+
+    @functools.cached_property
+    def frees_beside_copies(self) -> bool:
+        """With `expandable_segments`, where pages are mapped; `cudaFree` waits for all that is in flight."""
+        if torch.cuda.get_allocator_backend() != "native":
+            return False
+        settings = torch.cuda.memory._snapshot().get("allocator_settings", {})
+        return bool(settings.get("expandable_segments"))
 
     @contextlib.contextmanager
     def copying(self, direction: Direction) -> Iterator[None]:

@@ -77,6 +77,13 @@ IN_FLIGHT_BYTES = 2 << 30
 storages are given up soon, and that copies of another manager, the other way, are not queued up behind all of them."""
 
 
+RETURNED_BYTES = 1 << 30
+"""What an offload has released when it hands that back to the driver, if it need not wait for copies to do so."""
+
+TAKEN_BYTES = 1 << 30
+"""Device memory that an onload takes before it queues the copies to it."""
+
+
 class Permit(Protocol):
     """Asked before device memory is taken."""
 
@@ -167,6 +174,25 @@ class Parked:
     def is_orphan(self) -> bool:
         """Whether no tensor is left on the storage and nobody else holds it, so that nobody would miss it."""
         return self.share is None and belongs_to(self, 0)
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What an offload was asked for.
+
+    Attributes:
+        kinds: those of the call, with what is away already.
+        clock: what it takes.
+        give_back: whether the memory goes back to the driver.
+        inspect: asked when there is nothing left to do but what cannot be undone.
+        ballot: asked before that.
+    """
+
+    kinds: Collection[StateKind]
+    clock: _KindClock
+    give_back: bool
+    inspect: Inspection | None
+    ballot: Ballot
 
 
 class Engine:
@@ -403,7 +429,7 @@ class Engine:
             plans = self._plan(records, moving, keep_grads, clock, proofs)
             del records  # they hold storages
             leaving = {**plans, **{kind: self._parked[kind] for kind in unfinished}}
-            self._move_out(leaving, begun, clock, inspect, ballot, kinds)
+            self._move_out(leaving, begun, Offload(kinds, clock, give_back, inspect, ballot))
             if give_back:
                 self._device.release_cached()
             for kind, entries in {**plans, **unfinished}.items():
@@ -654,17 +680,16 @@ class Engine:
         self,
         plans: Mapping[StateKind, list[Parked]],
         begun: Mapping[int, Begun],
-        clock: _KindClock,
-        inspect: Inspection | None,
-        ballot: Ballot,
-        kinds: Collection[StateKind],
+        asked: Offload,
     ) -> None:
         """Copy everything that is kept, unless that has begun, and release each storage when its bytes have arrived.
 
         Undone if interrupted, until all ranks have confirmed it or the first byte goes that was not kept. See [Note:
-        what is true at which moment]. The kinds are those of the call, with what is away already.
+        what is true at which moment].
         """
-        before = self.released_bytes
+        clock, ballot = asked.clock, asked.ballot
+        returns = asked.give_back and self._device.frees_beside_copies
+        before = returned = self.released_bytes
         self._claim(plans)
         gone = {id(p) for entries in plans.values() for p in entries if p.released}
         try:
@@ -688,15 +713,18 @@ class Engine:
                         oldest, arrival = on_their_way.popleft()
                         self._release(oldest, arrival, clock)
                         in_flight -= oldest.nbytes
+                        if returns and self.released_bytes - returned > RETURNED_BYTES:
+                            self._device.release_cached()
+                            returned = self.released_bytes
                 for parked, arrival in on_their_way:
                     self._release(parked, arrival, clock)
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
-            different = self._replicas.compare(self._may_share(kinds), ballot)
+            different = self._replicas.compare(self._may_share(asked.kinds), ballot)
             if different:
                 self._keep_whole(different, clock)
-            if inspect is not None:
-                inspect([p.storage for entries in plans.values() for p in entries if p.leaves_last])
+            if asked.inspect is not None:
+                asked.inspect([p.storage for entries in plans.values() for p in entries if p.leaves_last])
             faults.point("offload.drop")
             ballot.confirm()
             self._drop(plans, clock)
@@ -838,17 +866,18 @@ class Engine:
         arrivals: dict[StateKind, StagedArrival] = {}
         digests: list[tuple[Parked, Digest, Digest]] = []
         try:
-            # All at first, if there is no need to ask: beside copies in flight, a driver allocates slowly. Else storage
-            # by storage, and each kind that somebody is told of before the next one waits for memory. What is shared at
+            # All at first, if there is no need to ask, and a driver allocates slowly beside copies in flight. Else part
+            # by part, and each kind that somebody is told of before the next one waits for memory. What is shared at
             # first in any case: the other ranks wait for it.
-            at_first = released if permit is None else shared
+            by_parts = permit is not None or self._device.frees_beside_copies
+            at_first = shared if by_parts else released
             for _ in self._taking(at_first, taken, clock, permit, scratch):
                 pass
             self._transport.gather(self._replicas.meet(shared, ballot))
             for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
                 batch = [p for kind in kinds for p in plans[kind] if p.released]
-                here = [p for p in batch if permit is None or p.share is not None]
-                left = [p for p in batch if permit is not None and p.share is None]
+                here = [p for p in batch if p.share is not None or not by_parts]
+                left = [p for p in batch if p.share is None and by_parts]
                 for part in itertools.chain([here], self._taking(left, taken, clock, permit, scratch)):
                     with self._device.copying(Direction.IN):
                         for parked in part:
@@ -934,11 +963,15 @@ class Engine:
         permit: Permit | None,
         scratch: int,
     ) -> Iterator[list[Parked]]:
-        """Take device memory, and tell what can be filled: all at once, or with a permit as there is room for it."""
+        """Take device memory, and tell what can be filled: in large parts, or with a permit as there is room for it."""
         left = sorted(left, key=lambda parked: parked.host is None)  # the link need not wait for memory of zeros
+        while permit is None and left:
+            reach = itertools.accumulate(parked.nbytes for parked in left)
+            number = next((n for n, nbytes in enumerate(reach, 1) if nbytes >= TAKEN_BYTES), len(left))
+            part, left = left[:number], left[number:]
+            self._take(part, taken, clock, permit)
+            yield part
         if permit is None:
-            self._take(left, taken, clock, permit)
-            yield left
             return
         sizes = [parked.nbytes + scratch for parked in left]
         taken_bytes = sum(parked.nbytes for parked in taken)

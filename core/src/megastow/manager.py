@@ -534,7 +534,8 @@ class MemoryManager:
         """Copy kinds to host memory and release their device memory; all kinds if none is named.
 
         Extra device memory: at most one bucket, at the first offload. All kinds of a call move, or none. Memory goes
-        back to torch's allocator storage by storage, as copies arrive, and to the driver at the end.
+        back to torch's allocator storage by storage, as copies arrive, and to the driver at the end; with its
+        `expandable_segments` also to the driver meanwhile, as that then need not wait for copies in flight.
 
         Args:
             *kinds: `StateKind`s or their names.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megastow.engine import Engine, Parked, RegionKey
+from megastow.engine import Engine, Offload, Parked, RegionKey
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
 from megastow.head_start import Begun
@@ -135,10 +135,10 @@ class LooksWhenItIsTooLate(Engine):
     Stands for a check behind a move that cannot be undone any more.
     """
 
-    def _move_out(self, plans: Any, begun: Any, clock: Any, inspect: Any, ballot: Any, kinds: Any) -> None:
-        super()._move_out(plans, begun, clock, None, ballot, kinds)
-        if inspect is not None:
-            inspect(())
+    def _move_out(self, plans: Any, begun: Any, asked: Offload) -> None:
+        super()._move_out(plans, begun, dataclasses.replace(asked, inspect=None))
+        if asked.inspect is not None:
+            asked.inspect(())
 
 
 @breaks("order")
