@@ -116,7 +116,7 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
     assert ",".join(rows) == chosen
     unavailable = {"replicas", "megatron", "memory-saver"}
     assert {row_id for row_id, row in rows.items() if row["status"] == "not available"} == unavailable
-    assert rows["replicas"]["goals"]["offload"]["limit"] == 0.95
+    assert rows["replicas"]["goals"]["all out"]["limit"] == 0.95
     assert all(rows[row_id]["notes"] for row_id in unavailable)
     assert {row_id for row_id, row in rows.items() if row["status"] == "measured"} == rows.keys() - unavailable
     offload, onload, at_once = rows["steady"]["figures"]
@@ -195,10 +195,11 @@ def test_every_rank_measures(run_megastow):
     for rank in (0, 1):
         rows = rows_of(outcome, rank)
         assert rows["cycle"]["status"] == rows["replicas"]["status"] == "measured"
-        out, back, memory = rows["replicas"]["figures"]
-        assert [out["name"], back["name"], memory["name"]] == ["offload", "onload", "host memory"]
-        assert out["against"] == "2 times the memory copy out"
-        assert 1 <= memory["value"]["median"] < 1.2
+        figures = {figure["name"]: figure for figure in rows["replicas"]["figures"]}
+        assert list(figures) == ["weights out", "weights back", "all out", "all back", "host memory"]
+        assert figures["all out"]["against"] == "2 times the memory copy out"
+        assert figures["all out"]["bytes"] > 5 * figures["weights out"]["bytes"]  # main weights and states, too
+        assert 1 <= figures["host memory"]["value"]["median"] < 1.2
         assert not rows["replicas"]["notes"]
         assert outcome["ranks"][rank]["bounds"]["all_gather"]["bytes_per_second"] > 0
 

@@ -11,7 +11,7 @@ import torch
 
 from megastow_conformance import megatron_core
 from megastow_conformance.megatron_core import MegatronCoreTrainer, core_module, supported
-from megastow_conformance.scenarios import SCENARIOS
+from megastow_conformance.scenarios import SCENARIOS, Scenario
 
 SEED = 20_241
 """Decides weights, data and dropout of every model of the demo."""
@@ -79,11 +79,16 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def build_trainer(size: Size, *, seed: int = SEED) -> MegatronCoreTrainer:
+def build_trainer(size: Size, *, seed: int = SEED, distributed_optimizer: bool = True) -> MegatronCoreTrainer:
     """Builds a GPT trainer of a given size from megatron-core; two calls give bit-identical trainers.
 
     The layers are Megatron's local ones and no fusion is asked for, so that neither Transformer Engine nor Apex nor any
     compiled extension is needed.
+
+    Args:
+        size: How large.
+        seed: Of the weights.
+        distributed_optimizer: Whether data-parallel ranks have a shard of main weights and states each, or all of them.
     """
     megatron_core.load()
     parallel_state = core_module("parallel_state")
@@ -119,7 +124,11 @@ def build_trainer(size: Size, *, seed: int = SEED) -> MegatronCoreTrainer:
     distributed = core_module("distributed")
     chunk = distributed.DistributedDataParallel(
         config,
-        supported(distributed.DistributedDataParallelConfig, grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        supported(
+            distributed.DistributedDataParallelConfig,
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed_optimizer,
+        ),
         core_module("transformer.module").Float16Module(config, module.to(megatron_core.device())),
     )
     optimizer_module = core_module("optimizer")
@@ -132,16 +141,18 @@ def build_trainer(size: Size, *, seed: int = SEED) -> MegatronCoreTrainer:
         clip_grad=1.0,
         bf16=True,
         params_dtype=torch.bfloat16,
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=distributed_optimizer,
     )
-    return _SizedTrainer(size, seed, chunk, optimizer_module.get_megatron_optimizer(optimizer_config, [chunk]))
+    scenario = SCENARIOS["gpt_distopt" if distributed_optimizer else "gpt_plainopt"]
+    optimizer = optimizer_module.get_megatron_optimizer(optimizer_config, [chunk])
+    return _SizedTrainer(scenario, size, seed, chunk, optimizer)
 
 
 class _SizedTrainer(MegatronCoreTrainer):
     """The suite's trainer with a model of another size, and data that can be learnt: sequences that count upwards."""
 
-    def __init__(self, size: Size, seed: int, chunk: torch.nn.Module, optimizer: Any) -> None:
-        super().__init__(SCENARIOS["gpt_distopt"], seed, [chunk], optimizer, megatron_core.device())
+    def __init__(self, scenario: Scenario, size: Size, seed: int, chunk: torch.nn.Module, optimizer: Any) -> None:
+        super().__init__(scenario, seed, [chunk], optimizer, megatron_core.device())
         self._size = size
 
     def _gpt_loss(self, generator: torch.Generator) -> torch.Tensor:

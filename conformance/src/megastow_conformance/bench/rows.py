@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megastow import StateKind, TransferHandle, TransferReport, create_memory_manager
+from megastow import TransferHandle, TransferReport, create_memory_manager
 from megastow import swap as swap_places
 from megastow.report import format_bytes
 from megastow.residue import beside_the_allocator
@@ -20,7 +20,8 @@ from megastow_conformance.bench import baselines
 from megastow_conformance.bench.registry import NotAvailable, row
 from megastow_conformance.bench.result import Figure, Goal, Spread, Unit
 from megastow_conformance.bench.sampling import Sampler
-from megastow_conformance.bench.session import PHASE_SECONDS, STEPS, Cycle, Session
+from megastow_conformance.bench.session import PHASE_SECONDS, STEPS, Cycle, Session, Tenant
+from megastow_conformance.bench.subjects import TrainerSubject
 
 _CUDA_TENSORS, _CPU_TENSORS = 20_000, 300
 _SMALLEST, _LARGEST = 4 << 10, 4 << 20
@@ -246,40 +247,52 @@ def small(session: Session) -> Iterator[Figure]:
 @row(
     "replicas",
     "replicated state by slices and an all-gather, over the links of all ranks",
-    {"offload": Goal(0.95), "onload": Goal(0.95), "host memory": Goal(1.001, at_most=True)},
+    {
+        "weights out": Goal(0.95),
+        "weights back": Goal(0.95),
+        "all out": Goal(0.95),
+        "all back": Goal(0.95),
+        "host memory": Goal(1.001, at_most=True),
+    },
 )
 def replicas(session: Session) -> Iterator[Figure]:
-    """The weights, which are the same on all ranks, by a manager of their own."""
+    """The weights, and all of a trainer without the distributed optimizer, by managers of their own."""
     if session.world == 1:
         raise NotAvailable("there is only one rank, and nobody to share with; --ranks=2 and more")
-    tenant = session.settled()
+    yield from _shared(session, session.settled(), "weights", "weights")
+    with session.replicated_trainer() as tenant:
+        yield from _shared(session, tenant, "all")
+
+
+def _shared(session: Session, tenant: Tenant[TrainerSubject], name: str, *kinds: str) -> Iterator[Figure]:
+    """What a manager with replicas makes of kinds of which all lasting state is the same on all ranks."""
     with create_memory_manager(tenant.subject.model, tenant.subject.optimizer, replicas=True) as sharing:
         reports: list[TransferReport] = []
 
         def cycle() -> Cycle:
-            return tenant.cycle_by(
-                lambda: reports.append(sharing.offload("weights")), lambda: sharing.onload("weights")
-            )
+            return tenant.cycle_by(lambda: reports.append(sharing.offload(*kinds)), lambda: sharing.onload(*kinds))
 
         cycle()  # connects the ranks, and makes host memory
         cycles = session.repeated(cycle)
-    kept = reports[-1].kinds[StateKind.WEIGHTS]
-    for name, bound_key, seconds in (
-        ("offload", "out", [each.out for each in cycles]),
-        ("onload", "in", [each.back for each in cycles]),
+    shared = [kind for kind in reports[-1].kinds.values() if kind.host_bytes]
+    nbytes = sum(kind.device_bytes for kind in shared)
+    for direction, bound_key, seconds in (
+        ("out", "out", [each.out for each in cycles]),
+        ("back", "in", [each.back for each in cycles]),
     ):
         bound = session.bounds[bound_key]
-        most = session.world * bound.bytes_per_second
         yield Figure(
-            name,
-            Spread.of(kept.device_bytes / each / most for each in seconds),
+            f"{name} {direction}",
+            Spread.of(nbytes / each / (session.world * bound.bytes_per_second) for each in seconds),
             against=f"{session.world} times the {bound.name}",
             seconds=Spread.of(seconds),
-            nbytes=kept.device_bytes,
+            nbytes=nbytes,
         )
-    part = kept.host_bytes * session.world / kept.device_bytes
-    against = f"1/{session.world} of the weights"
-    yield Figure("host memory", Spread((part,)), against=against, nbytes=kept.host_bytes)
+    if not kinds:
+        host_bytes = sum(kind.host_bytes for kind in shared)
+        against = f"1/{session.world} of the state"
+        part = Spread((host_bytes * session.world / nbytes,))
+        yield Figure("host memory", part, against=against, nbytes=host_bytes)
     for note in reports[-1].notes:
         session.note(note)
 

@@ -198,6 +198,23 @@ class Session:
             self.device.release_cached()
 
     @contextlib.contextmanager
+    def replicated_trainer(self) -> Iterator[Tenant[TrainerSubject]]:
+        """A trainer without the distributed optimizer alone on the device, for the length of a ``with`` block.
+
+        All of its lasting state is the same on all ranks.
+        """
+        self.drop()
+        subject = TrainerSubject(self.size, distributed_optimizer=False)
+        for _ in range(STEPS):
+            subject.train()
+        tenant = Tenant(self, subject, StateCopy(subject.state()))
+        try:
+            yield tenant
+        finally:
+            tenant.close()
+            self.device.release_cached()
+
+    @contextlib.contextmanager
     def many_tensors(self, num_tensors: int, smallest: int, largest: int) -> Iterator[Tenant[ManyTensors]]:
         """Tensors of many sizes alone on the device, for the length of a ``with`` block; see ``ManyTensors``."""
         self.drop()

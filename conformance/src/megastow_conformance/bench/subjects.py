@@ -41,8 +41,8 @@ class Subject(Protocol):
 class TrainerSubject:
     """A GPT trainer on megatron-core; any two after the same number of steps are the same, bit for bit."""
 
-    def __init__(self, size: Size) -> None:
-        self._trainer = build_trainer(size)
+    def __init__(self, size: Size, *, distributed_optimizer: bool = True) -> None:
+        self._trainer = build_trainer(size, distributed_optimizer=distributed_optimizer)
         self._num_steps = 0
 
     def train(self) -> None:
