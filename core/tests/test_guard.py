@@ -1,8 +1,10 @@
 """Use of what is away raises, and nothing is left of the guard afterwards."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -159,6 +161,69 @@ def test_an_output_that_is_a_parameter_collects_no_hooks():
         for _ in range(3):
             model(torch.ones(1, 2))
     assert not model.weight._backward_hooks
+
+
+class Part:
+    def use(self):
+        return "used"
+
+    def look(self):
+        return "seen"
+
+
+_PART_CALLS = call_table(((StateKind.WEIGHTS, StateKind.GRAD_BUFFERS), "use"), ((StateKind.WEIGHTS,), "look"))
+
+
+def listing(*parts):
+    return lambda: [GuardedCalls(part, _PART_CALLS) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ({"weights"}, {"weights"}, {"use": "weights", "look": "weights"}),
+        ({"weights"}, {"weights", "grad_buffers"}, {"use": "weights, grad_buffers", "look": "weights"}),
+        ({"weights"}, {"grad_buffers"}, {"use": "grad_buffers"}),
+        ({"grad_buffers"}, {"weights"}, {"use": "weights", "look": "weights"}),
+    ],
+)
+def test_what_stood_there_before_says_what_is_away_now(first, second, refused):
+    part, guard = Part(), Guard()
+    for away in (first, second):
+        guard.update(frozenset(map(StateKind, away)), listing(part))
+        if away is second:
+            for method in ("use", "look"):
+                if method in refused:
+                    with pytest.raises(OffloadedError, match=f"needs {refused[method]}, which"):
+                        getattr(part, method)()
+                else:
+                    assert part.look() == "seen"
+        guard.update(frozenset(), listing(part))
+        assert (part.use(), part.look(), vars(part)) == ("used", "seen", {})
+
+
+def test_guards_that_take_turns_block_for_themselves_only():
+    part, one, other = Part(), Guard(), Guard()
+    for _ in range(2):
+        one.update({StateKind.WEIGHTS}, listing(part))
+        other.update({StateKind.WEIGHTS}, listing(part))
+        one.update(frozenset(), listing(part))
+        with pytest.raises(OffloadedError):
+            part.look()
+        other.update(frozenset(), listing(part))
+        assert (part.look(), vars(part)) == ("seen", {})
+
+
+def test_what_is_no_longer_a_part_is_let_go_by_the_next_move():
+    part, other, guard = Part(), Part(), Guard()
+    guard.update({StateKind.WEIGHTS}, listing(part, other))
+    guard.update(frozenset(), listing(part, other))
+    gone = weakref.ref(part)
+    del part
+    guard.update({StateKind.WEIGHTS}, listing(other))
+    gc.collect()  # what blocks an instance holds it, and is held by it
+    assert gone() is None
+    guard.close()
 
 
 def test_closing_twice_and_updating_with_nothing_is_fine():

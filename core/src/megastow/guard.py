@@ -99,6 +99,8 @@ class Guard:
         self._gate = _Gate()
         # By identity of an owner: its attributes, and those of them that stand where methods were.
         self._blocked: dict[int, tuple[dict[str, Any], dict[str, Blocked]]] = {}
+        # What stood there the last time and will stand there again, by identity of an owner, which it holds.
+        self._spare: dict[int, dict[str, Blocked]] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -142,6 +144,9 @@ class Guard:
             blocked_now[id(owner)] = blocks
         for owner_id, (_, standing) in list(self._blocked.items()):
             self._unblock(owner_id, standing.keys() - blocked_now.get(owner_id, {}).keys())
+        if away:
+            for owner_id in self._spare.keys() - blocked_now.keys():  # no longer a part of the trainer
+                del self._spare[owner_id]
         self._gate.away.intersection_update(away)
         self._is_settled = True
 
@@ -164,12 +169,24 @@ class Guard:
         with _REPLACING:
             for owner_id, (_, standing) in list(self._blocked.items()):
                 self._unblock(owner_id, list(standing))
+        self._spare.clear()
         self._gate.away.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
     def _block(self, owner: object, blocks: _Blocks) -> None:
         attributes = vars(owner)
+        if id(owner) not in self._blocked and attributes.keys().isdisjoint(blocks):  # as it mostly is
+            spare = self._spare.get(id(owner), {})
+            if spare.keys() == blocks.keys():
+                for method, missing in blocks.items():
+                    spare[method].missing = missing
+            else:
+                spare = {method: Blocked(owner, method, _MISSING, missing) for method, missing in blocks.items()}
+                self._spare[id(owner)] = spare
+            self._blocked[id(owner)] = attributes, spare.copy()
+            attributes.update(spare)
+            return
         _, standing = self._blocked.get(id(owner), (attributes, {}))
         self._blocked[id(owner)] = attributes, standing
         for method, missing in blocks.items():
