@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import random
 import statistics
@@ -30,6 +31,7 @@ import torch
 
 from megastow import MemoryManager, Residency, StateKind, create_memory_manager, faults, swap
 from megastow.report import format_bytes
+from megastow.transport import DEFAULT_CHUNK_BYTES
 from megastow_conformance import demo, megatron_core, oracle
 from megastow_conformance.bench.bits import StateCopy
 from megastow_conformance.demo_models import SEED, SIZES, ReferenceModel, Size, build_trainer
@@ -41,6 +43,7 @@ WARM_UP = 0.2
 _FIGURES = ("resident", "device", "host")
 _STEP_EVERY = 20
 _NEW_MANAGER_EVERY = 25
+_CHUNKS = 64
 _FIRST_MOVE = ("host", "pack")  # what a manager does only once: points of these names strike after it was exchanged
 _ERRORS = (RuntimeError, MemoryError, KeyboardInterrupt)
 _KINDS = tuple(StateKind)
@@ -127,6 +130,8 @@ class Soak:
             self._train()
         torch.manual_seed(seed)
         self._reference = ReferenceModel(size, self._device).eval()
+        state_bytes = sum(tensor.nbytes for tensor in self._trainer.named_state().values())
+        self._chunk_bytes = max(1 << 20, min(DEFAULT_CHUNK_BYTES, state_bytes // _CHUNKS))
         self._manager = self._make_manager()
         self._guest = create_memory_manager(self._reference)
         self._guest.offload()
@@ -135,8 +140,13 @@ class Soak:
         self._moves = self._faults = 0
         self._story: list[str] = []
 
-    def run(self, cycles: int, listener: Callable[[Sample], None] = lambda sample: None) -> Outcome:
-        """Make cycles; `listener` hears of each.
+    def run(
+        self,
+        cycles: int,
+        listener: Callable[[Sample], None] = lambda sample: None,
+        most_seconds: float = math.inf,
+    ) -> Outcome:
+        """Make cycles, fewer if that takes longer than `most_seconds`; `listener` hears of each.
 
         Raises:
             AssertionError: a bit is wrong, or a move went another way than it should; with what led to it.
@@ -144,6 +154,8 @@ class Soak:
         samples = []
         start = time.perf_counter()
         for number in range(cycles):
+            if time.perf_counter() - start > most_seconds:
+                break
             self._story.clear()
             try:
                 self._cycle()
@@ -158,7 +170,7 @@ class Soak:
                 self._copy = StateCopy(self._trainer.named_state())
             samples.append(self._sample(number))
             listener(samples[-1])
-        return Outcome(cycles, self._moves, self._faults, time.perf_counter() - start, tuple(samples))
+        return Outcome(len(samples), self._moves, self._faults, time.perf_counter() - start, tuple(samples))
 
     def close(self) -> None:
         """Bring everything back, and give host memory back."""
@@ -168,7 +180,7 @@ class Soak:
     def _make_manager(self) -> MemoryManager:
         bucket_bytes = self._choose.choice((1, 1 << 20, 64 << 20))
         model, optimizer = self._trainer.model, self._trainer.optimizer
-        return create_memory_manager(model, optimizer, bucket_bytes=bucket_bytes, chunk_bytes=1 << 20)
+        return create_memory_manager(model, optimizer, bucket_bytes=bucket_bytes, chunk_bytes=self._chunk_bytes)
 
     # --- one cycle ---------------------------------------------------------------------------------------------------
 
@@ -280,11 +292,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cycles", type=int, default=2000)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--most-seconds", type=float, default=math.inf, help="make fewer cycles rather than take longer"
+    )
     parser.add_argument("--most-growth", type=int, default=64 << 20, help="bytes of the resident set, over the run")
     parser.add_argument("--json", type=Path, help="write figures and samples to this file")
     given = parser.parse_args(arguments)
     keep_large_blocks_apart()
     demo.join()
+    gc.collect()
+    gc.freeze()  # what is imported stays, and is not looked through after each cycle
     soak = Soak(SIZES[given.size], given.seed)
     every = max(1, given.cycles // 20)
 
@@ -294,11 +311,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"{sample.cycle + 1:>6} cycles: {figures}")
 
     _say(f"{given.cycles} cycles of {SIZES[given.size].description}")
-    outcome = soak.run(given.cycles, listen)
+    outcome = soak.run(given.cycles, listen, given.most_seconds)
     soak.close()
     problems = outcome.problems(given.most_growth)
     slopes = {name: outcome.slope(name) for name in _FIGURES}
-    _say(f"{outcome.moves} moves, {outcome.faults} of them made to fail, {outcome.seconds:.0f} s; all bits are right")
+    _say(
+        f"{outcome.cycles} cycles, {outcome.moves} moves, {outcome.faults} of them made to fail, {outcome.seconds:.0f} s; all bits are right"
+    )
     _say("bytes a cycle: " + ", ".join(f"{name} {slope:+.1f}" for name, slope in slopes.items()))
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
@@ -318,7 +337,7 @@ def _as_dict(
 ) -> dict[str, Any]:
     kept = max(1, len(outcome.samples) // 100)
     return {
-        "command": f"nox -s soak -- --cycles {given.cycles} --size {given.size} --seed {given.seed}",
+        "command": f"nox -s soak -- --cycles {outcome.cycles} --size {given.size} --seed {given.seed}",
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "moves": outcome.moves,
