@@ -315,9 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     soak.close()
     problems = outcome.problems(given.most_growth)
     slopes = {name: outcome.slope(name) for name in _FIGURES}
-    _say(
-        f"{outcome.cycles} cycles, {outcome.moves} moves, {outcome.faults} of them made to fail, {outcome.seconds:.0f} s; all bits are right"
-    )
+    made = f"{outcome.cycles} cycles, {outcome.moves} moves, {outcome.faults} of them made to fail"
+    _say(f"{made}, {outcome.seconds:.0f} s; all bits are right")
     _say("bytes a cycle: " + ", ".join(f"{name} {slope:+.1f}" for name, slope in slopes.items()))
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
