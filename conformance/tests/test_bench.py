@@ -164,11 +164,12 @@ def test_a_row_that_raises_is_said_and_stops_no_other_row(run_megastow):
 
 @pytest.mark.slow
 def test_rows_of_digests_and_of_moves_in_the_background(run_megastow):
-    result, outcome = run_megastow("bench", "--repeats=1", "--rows=digest,blocked,residue,swap,overlap")
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=digest,derived,blocked,residue,swap,overlap")
     assert result.returncode == 0, result.stdout + result.stderr
     figures = {name: [figure["name"] for figure in row["figures"]] for name, row in rows_of(outcome).items()}
     assert figures == {
         "digest": ["offload", "onload"],
+        "derived": ["offload", "onload", "host memory"],
         "blocked": ["offload", "onload"],
         "residue": ["resident"],
         "swap": ["both ways"],
@@ -209,7 +210,7 @@ def test_rows_that_do_not_exist_are_refused_with_those_that_do(run_megastow):
     assert result.returncode == 3
     assert outcome is None
     assert "'steedy'" in result.stderr
-    assert "there are cold, steady, digest, host" in result.stderr
+    assert "there are cold, steady, digest, derived, host" in result.stderr
 
 
 # --- without a process ------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_rows_are_those_of_the_issue_and_the_baselines_come_last():
     ours = {row.id: row for row in rows if not row.is_baseline}
     assert set(ours) == {
         *("steady", "small", "cold", "prepared", "host", "swap", "replicas", "blocked", "overlap", "cycle", "residue"),
-        "digest",
+        *("digest", "derived"),
     }
     assert all(row.goals for row in ours.values())
     assert [row.is_baseline for row in rows] == sorted(row.is_baseline for row in rows)

@@ -67,23 +67,45 @@ def steady(session: Session) -> Iterator[Figure]:
     {"offload": Goal(1.03, at_most=True), "onload": Goal(1.03, at_most=True)},
 )
 def digest(session: Session) -> Iterator[Figure]:
-    """Two managers of the same trainer take turns, so that both are measured under the same conditions."""
+    """The digest of every storage is computed before it leaves, and when it is back."""
+    yield from _over_the_usual(session, session.settled(), verify="digest")
+
+
+@row(
+    "derived",
+    "a steady cycle with derive_weights=True, over one without",
+    {"offload": Goal(1.0, at_most=True), "onload": Goal(1.0, at_most=True)},
+)
+def derived(session: Session) -> Iterator[Figure]:
+    """Weights that are a cast of main weights are in no copy; they are proved to be, and rebuilt."""
     tenant = session.settled()
-    with create_memory_manager(tenant.subject.model, tenant.subject.optimizer, verify="digest") as verifying:
+    group = torch.distributed.group.WORLD if session.world > 1 else None
+    yield from _over_the_usual(session, tenant, derive_weights=True, group=group)
 
-        def verified() -> Cycle:
-            return tenant.cycle_by(verifying.offload, verifying.onload)
 
-        verified()  # makes its host memory
-        pairs = session.repeated(lambda: (tenant.cycle(), verified()))
+def _over_the_usual(session: Session, tenant: Tenant[TrainerSubject], **options: Any) -> Iterator[Figure]:
+    """A manager with options and the usual one take turns, so that both are measured under the same conditions."""
+    with create_memory_manager(tenant.subject.model, tenant.subject.optimizer, **options) as special:
+        reports: list[TransferReport] = []
+
+        def cycle() -> Cycle:
+            return tenant.cycle_by(lambda: reports.append(special.offload()), special.onload)
+
+        cycle()  # makes its host memory
+        pairs = session.repeated(lambda: (tenant.cycle(), cycle()))
     against = "the same without"
     for name, seconds in (
-        ("offload", [(plain.out, checked.out) for plain, checked in pairs]),
-        ("onload", [(plain.back, checked.back) for plain, checked in pairs]),
+        ("offload", [(usual.out, other.out) for usual, other in pairs]),
+        ("onload", [(usual.back, other.back) for usual, other in pairs]),
     ):
-        ratios = Spread.of(checked / plain for plain, checked in seconds)
-        taken = Spread.of(checked for _, checked in seconds)
+        ratios = Spread.of(other / usual for usual, other in seconds)
+        taken = Spread.of(other for _, other in seconds)
         yield Figure(name, ratios, against=against, seconds=taken, nbytes=tenant.kept_bytes)
+    if reports[-1].derived_bytes:
+        kept = reports[-1].host_bytes
+        yield Figure("host memory", Spread((kept / tenant.kept_bytes,)), against="bytes kept without", nbytes=kept)
+    for note in reports[-1].notes:
+        session.note(note)
 
 
 @row("host", "host memory held, over the bytes kept", {"host memory": Goal(1.001, at_most=True)})
