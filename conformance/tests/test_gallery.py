@@ -18,9 +18,10 @@ ROW = "mcore-0.16"
 @pytest.fixture(scope="module")
 def groups():
     """A worker group for one rank, which stays when a check fails, and one for two."""
-    row = replace(real_megatron.row(ROW), scope="full")  # for as many random walks as there are
+    row = real_megatron.row(ROW)
+    thorough = replace(row, scope="full")  # for as many random walks as there are
     with (
-        WorkerGroup(row, 1, harness=row.harness, lasting=True) as alone,
+        WorkerGroup(thorough, 1, harness=row.harness, lasting=True) as alone,
         WorkerGroup(row, 2, harness=row.harness) as pair,
     ):
         yield {1: alone, 2: pair}
@@ -36,14 +37,15 @@ def test_a_mistake_is_objected_to_by_what_it_breaks(exhibit, groups):
     # The random walk holds everything against a twin, so it objects to whatever is broken. It is asked only where no
     # test of a single invariant has seen anything.
     group = groups[exhibit.world]
-    found = objections(group, exhibit.subject, exhibit.scenario, leave_out={WALK})
+    found = objections(group, exhibit.subject, exhibit.scenario, leave_out={WALK}, last=exhibit.breaks)
     found = found or objections(group, exhibit.subject, exhibit.scenario, leave_out=suite_marks().keys() - {WALK})
     listing = "\n\n".join(finding.outcome.report() for finding in found)
     assert {finding.invariant for finding in found} == exhibit.breaks, listing or "nothing was objected to"
 
 
-@pytest.mark.parametrize("scenario", sorted({exhibit.scenario for exhibit in EXHIBITS.values()}))
+@pytest.mark.parametrize("scenario", sorted({e.scenario for e in EXHIBITS.values() if e.world == 1}))
 def test_nothing_is_objected_to_in_the_right_one(scenario, groups):
+    # On one rank. On two it is what the suite itself runs of this row, in which the exhibits' scenarios are.
     found = objections(groups[1], DEFAULT_SUBJECT, scenario)
     assert not found, "\n\n".join(finding.outcome.report() for finding in found)
 

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import real_megatron
 
 from megastow_conformance import harness
 from megastow_conformance.marks import suite_marks
@@ -110,6 +111,19 @@ def test_the_core_reaches_every_kind_of_state_with_and_without_a_language_model(
         assert any(word in SCENARIOS[name].needs for name, _ in CORE), word
     by_optimizer = {(SCENARIOS[name].distributed_optimizer, world) for name, world in CORE}
     assert by_optimizer == {(True, 1), (True, 2), (False, 1), (False, 2)}
+
+
+CI_ROWS = {row_id: row for row_id, row in read_matrix(real_megatron.MATRIX).items() if row.ci}
+
+
+@pytest.mark.parametrize("row", CI_ROWS.values(), ids=CI_ROWS)
+def test_what_a_test_asks_for_in_the_core_scope_is_trained_by_each_row_of_ci(row):
+    lacks = lacks_of(row, "cpu")
+    trained = [(SCENARIOS[name], world) for name, world in CORE if not reason_against(lacks, SCENARIOS[name].needs)]
+    for test, mark in suite_marks().items():
+        if not all(mark.in_core(scenario) for scenario in SCENARIOS.values()):
+            worlds = mark.worlds or (1, 2)
+            assert any(mark.wanted(s) and mark.in_core(s) and world in worlds for s, world in trained), test
 
 
 def test_every_word_is_needed_by_a_scenario_or_known_to_be_asked_for_by_checks():

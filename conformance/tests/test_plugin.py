@@ -57,6 +57,31 @@ def test_several_rows_and_their_scopes(suite):
     )
 
 
+IN_CORE = """
+import machinery_checks as checks
+import pytest
+
+
+@pytest.mark.megastow(scenarios=("toy_distopt", "toy_dense_distopt"), worlds=(2,), core="toy_dense_distopt")
+def test_in_core(conformance):
+    conformance.run(checks.passes)
+"""
+
+
+def test_a_test_may_ask_for_less_in_the_core_scope(suite, pytester):
+    assert {("toy_distopt", 2), ("toy_dense_distopt", 2)} <= CORE
+    pytester.makepyfile(test_other=IN_CORE)
+    result = suite("-k", "test_in_core", rows=("core-0.9.0", "full-0.16.1"))
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*test_in_core?core-0.9.0-w2-toy_dense_distopt* PASSED*",
+            "*test_in_core?full-0.16.1-w2-toy_distopt* PASSED*",
+            "*test_in_core?full-0.16.1-w2-toy_dense_distopt* PASSED*",
+        ]
+    )
+
+
 def test_the_command_line_overrides_a_row(suite):
     result = suite("-k", "test_passes", "--megastow-scope=full", "--megastow-world=2", rows=("core-0.9.0",))
     result.assert_outcomes(passed=2)

@@ -15,12 +15,14 @@ from derive_toys import FlatTrainer, derive
 from megastow import (
     AdapterSelectionError,
     AgreementError,
+    InvalidArgumentError,
     ManagerClosedError,
     PeerError,
     Residency,
     ResidueError,
     TransferError,
     create_memory_manager,
+    create_trainer_memory_manager,
     faults,
     swap,
 )
@@ -331,6 +333,34 @@ def a_manager_that_cannot_be_made():
     manager.close()
 
 
+def a_manager_by_classic_arguments():
+    """What one rank is told wrong fails on all; the right ones move together, with the options of the other factory."""
+    trainer = Trainer(dist.get_rank())
+    trainer.step()
+    before = snapshot(trainer.tensors())
+    right = {
+        "use_distributed_optimizer": False,
+        "accumulate_allreduce_grads_in_fp32": True,
+        "params_dtype": torch.bfloat16,
+        "group": GROUP,
+        "agree_timeout": LONG,
+    }
+    told = {**right, "params_dtype": torch.float16} if dist.get_rank() == 1 else right
+    with pytest.raises((InvalidArgumentError, PeerError), match="params_dtype is given as") as raised:
+        create_trainer_memory_manager(trainer.model, trainer.optimizer, **told)
+    assert isinstance(raised.value, InvalidArgumentError if dist.get_rank() == 1 else PeerError)
+    assert not trainer.model._forward_hooks
+    manager = create_trainer_memory_manager(trainer.model, trainer.optimizer, **right, chunk_bytes=512, verify="digest")
+    _fails_everywhere(manager.offload, "offload.chunk", 0, RuntimeError)
+    assert_all(manager, Residency.RESIDENT)
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.offload(keep_grads=True)
+    assert_all(manager, Residency.OFFLOADED)
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    manager.close()
+
+
 # --- other calls -----------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +455,42 @@ def a_block_that_raises_on_one_rank():
     manager.onload()
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
+
+
+def a_block_of_ranks_that_were_parted():
+    """It brings back on all ranks what it has offloaded on any of them."""
+    for kinds in (("weights",), ("weights", "optimizer_states"), KINDS):
+        trainer, manager = make(SHORT)
+        before = snapshot(trainer.tensors())
+        with (
+            others_fault("offload.drop", rank=0),
+            others_fault("onload.reserve", lambda: MemoryError("no room to undo"), rank=1),
+            pytest.raises(TransferError),
+        ):
+            manager.offload(*kinds, keep_grads=True)
+        parted = [["resident"] * 4, ["offloaded" if kind in kinds else "resident" for kind in KINDS]]
+        assert everywhere(where(manager)) == parted
+        with manager.offloaded(keep_grads=True):
+            assert_all(manager, Residency.OFFLOADED)
+            blocks = junk([4096] * 4)
+        assert_all(manager, Residency.RESIDENT)
+        assert_same(before, snapshot(trainer.tensors()))
+        manager.close()
+        del blocks
+
+
+def a_block_leaves_away_what_was_away_on_all_ranks():
+    trainer, manager = make(SHORT)
+    before = snapshot(trainer.tensors(KEPT))
+    manager.offload("weights")
+    with manager.offloaded():
+        manager.onload("main_weights")
+    assert everywhere(where(manager)) == [["offloaded", "resident", "resident", "resident"]] * GROUP.size()
+    manager.onload()
+    with manager.offloaded():
+        manager.close()
+    assert where(manager) == ["resident"] * 4
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
 
 
 def a_wait_that_is_interrupted():

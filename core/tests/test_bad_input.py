@@ -130,6 +130,7 @@ def test_closed_manager(trainer):
         ({"use_distributed_optimizer": True}, "use_distributed_optimizer is given as True"),
         ({"params_dtype": torch.float16}, r"params_dtype is given as torch\.float16.*torch\.bfloat16"),
         ({"bucket_size_mb": -1}, "bucket_size_mb is -1"),
+        ({"host_memory": "tape"}, "host_memory is 'tape'"),
     ],
 )
 def test_the_classic_factory_checks_what_it_is_told(trainer, wrong, words):

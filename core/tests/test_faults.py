@@ -225,12 +225,12 @@ def _never_interrupted(code):
     return {i.offset for i in [*exits, *(i for i in instructions if i.opname == "NOP")]}
 
 
-def interrupt(call, line):
-    """Raise at the given executed line of the code under test; returns whether there were so many."""
+def interrupt(call, line, counts=lambda: True):
+    """Raise at an executed line of the code under test, by its number among those that count; says whether it did."""
     left = [line]
 
     def watch(frame, event, _):
-        if event == "line" and frame.f_lasti not in _never_interrupted(frame.f_code):
+        if event == "line" and counts() and frame.f_lasti not in _never_interrupted(frame.f_code):
             left[0] -= 1
             if left[0] < 0:
                 sys.settrace(None)
@@ -305,3 +305,48 @@ def test_an_interruption_at_any_line_loses_nothing(direction, host_memory, verif
         del blocks
         line += stride
     assert line > 100
+
+
+@pytest.mark.parametrize("then", ["offload", "onload"])
+@pytest.mark.parametrize(
+    ("point", "after", "stride"),
+    [("offload.release", 2, 31), ("offload.drop", 0, 31), ("onload.chunk", 2, 7), ("onload.confirm", 2, 7)],
+)
+def test_a_second_interruption_at_any_line_of_an_undoing_loses_nothing(point, after, stride, then):
+    """The state is told truthfully, and the same call as well as its opposite puts all of it in one place again."""
+    line, ended, found_half_away = 0, False, False
+    while not ended:
+        small = Small()
+        before, grads = snapshot(small.kept), snapshot(dict(enumerate(small.grads.values())))
+        manager = create_memory_manager(small.model, small.optimizer, bucket_bytes=1, chunk_bytes=8)
+        attributes = small.attributes()
+        calls = {"offload": lambda m=manager: m.offload(keep_grads=True), "onload": manager.onload}
+        if point.startswith("onload"):
+            calls["offload"]()
+        struck = []
+        with faults.inject(point, lambda s=struck: s.append(1) or KeyboardInterrupt("once"), after=after):
+            try:
+                assert interrupt(calls[point.partition(".")[0]], line, counts=lambda s=struck: s), "swallowed"
+            except KeyboardInterrupt:  # the first: it has no more lines
+                ended = True
+        where = {kind: manager.residency(kind) for kind in KINDS}
+        assert set(where.values()) <= {Residency.RESIDENT, Residency.OFFLOADED}, f"line {line}: {where}"
+        is_away = where["weights"] is Residency.OFFLOADED
+        assert ("forward" in vars(small.model)) == is_away, f"line {line}: the guard says otherwise"
+        sizes = [t.untyped_storage().nbytes() for t in (*small.kept.values(), *small.grads.values())]
+        found_half_away |= any(sizes) and not all(sizes)
+        if Residency.OFFLOADED not in where.values():
+            assert_same(before, snapshot(small.kept))
+        calls[then]()
+        sizes = [t.untyped_storage().nbytes() for t in (*small.kept.values(), *small.grads.values())]
+        assert all(sizes) if then == "onload" else not any(sizes), f"line {line}: {sizes}"
+        blocks = junk([8, 16, 24])
+        manager.onload()
+        assert_same(before, snapshot(small.kept))
+        assert_same(grads, snapshot(dict(enumerate(small.grads.values()))))
+        assert small.attributes() == attributes, f"line {line}: the guard left something behind"
+        manager.close()
+        del blocks
+        line += stride
+    assert line > 100
+    assert found_half_away or point == "offload.drop"  # of which all is released, and comes back at once

@@ -52,7 +52,13 @@ class Finding:
 
 
 def judge(
-    group: WorkerGroup, scenario: Scenario, subject: str, *, leave_out: Collection[str] = (), thorough: bool = False
+    group: WorkerGroup,
+    scenario: Scenario,
+    subject: str,
+    *,
+    leave_out: Collection[str] = (),
+    last: Collection[str] = (),
+    thorough: bool = False,
 ) -> Iterator[Finding]:
     """Runs those tests of the suite that are for a scenario.
 
@@ -61,11 +67,14 @@ def judge(
         scenario: What is trained.
         subject: What is judged, as ``module:name``.
         leave_out: Tests that are not run.
+        last: Invariants that are asked at the end: an objection ends a group of several ranks, and another takes long.
         thorough: Run the other tests of an invariant, too, when one has objected.
     """
     lacks = lacks_of(group.row, group.device)
     objected: set[str] = set()
-    for test, mark in suite_marks().items():
+    marks = suite_marks()
+    for test in sorted(marks, key=lambda test: (invariant_of(test) in last, test)):
+        mark = marks[test]
         is_meant = mark.wanted(scenario) and (mark.worlds is None or group.world in mark.worlds)
         if test in leave_out or not is_meant or reason_against(lacks, scenario.needs | mark.needs):
             continue

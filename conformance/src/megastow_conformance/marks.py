@@ -27,12 +27,14 @@ class Mark:
     Attributes:
         wanted: Which scenarios the test is for.
         worlds: The world sizes it is for; ``None``: all.
+        in_core: Which of its scenarios rows with the scope ``"core"`` run it on.
         needs: What it asks of a Megatron besides the scenario, in the words of ``scenarios.WORDS``.
         seconds: How long its check may take.
     """
 
     wanted: Callable[[Scenario], bool]
     worlds: tuple[int, ...] | None
+    in_core: Callable[[Scenario], bool]
     needs: frozenset[str]
     seconds: float
 
@@ -43,7 +45,7 @@ def read_mark(given: Mapping[str, Any]) -> Mark:
     Raises:
         MarkError: If something in it is unknown.
     """
-    if odd := given.keys() - {"scenarios", "worlds", "needs", "seconds"}:
+    if odd := given.keys() - {"scenarios", "worlds", "core", "needs", "seconds"}:
         raise MarkError(f"unknown in its mark: {', '.join(sorted(odd))}")
     needs = frozenset(given.get("needs", ()))
     if unknown := needs - WORDS:
@@ -52,6 +54,7 @@ def read_mark(given: Mapping[str, Any]) -> Mark:
     return Mark(
         _predicate(given.get("scenarios")),
         None if worlds is None else tuple(worlds),
+        _predicate(given.get("core")),
         needs,
         given.get("seconds", CHECK_SECONDS),
     )

@@ -89,6 +89,7 @@ class Plan:
         wanted: Callable[[Scenario], bool] = lambda scenario: True,
         worlds: Sequence[int] | None = None,
         needs: frozenset[str] = frozenset(),
+        in_core: Callable[[Scenario], bool] = lambda scenario: True,
     ) -> Iterator[Target]:
         """Everything that can be trained, of what a test is for.
 
@@ -96,6 +97,7 @@ class Plan:
             wanted: Which scenarios the test is for.
             worlds: The world sizes that it is for; ``None``: all.
             needs: What it asks of a Megatron besides.
+            in_core: Which of its scenarios are enough for rows with the scope ``"core"``.
         """
         for row in self.rows:
             for scenario, world in self.pairs():
@@ -103,6 +105,7 @@ class Plan:
                     (worlds is None or world in worlds)
                     and wanted(scenario)
                     and row.includes(scenario.name, world)
+                    and (row.scope == "full" or in_core(scenario))
                     and self.why_not(row, scenario, needs) is None
                 ):
                     yield Target(row, world, scenario)

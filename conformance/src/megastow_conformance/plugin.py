@@ -131,8 +131,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declares the markers and reads what the command line asks for."""
     config.addinivalue_line(
         "markers",
-        "megastow(scenarios=..., worlds=..., needs=..., seconds=...): which scenarios (a name, names or a predicate) "
-        "and world sizes a conformance test is for, what it needs of a Megatron besides, and how long it may take",
+        "megastow(scenarios=..., worlds=..., core=..., needs=..., seconds=...): which scenarios (a name, names or a "
+        "predicate) and world sizes a conformance test is for, and which of them in the core scope, what it needs of a "
+        "Megatron besides, and how long it may take",
     )
     try:
         plan = read_plan(config, lambda: _count_gpus())
@@ -170,7 +171,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         mark = _mark(metafunc.definition)
     except MarkError as error:
         raise pytest.Collector.CollectError(f"{metafunc.definition.nodeid}: {error}") from error
-    targets = list(plan.targets(mark.wanted, mark.worlds, mark.needs))
+    targets = list(plan.targets(mark.wanted, mark.worlds, mark.needs, mark.in_core))
     parameters = [pytest.param(target, id=str(target), marks=_marks(plan, target)) for target in targets]
     if not parameters:
         reason = f"no scenario of this test is for {', '.join(row.id for row in plan.rows)}"

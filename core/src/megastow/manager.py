@@ -248,8 +248,11 @@ def create_trainer_memory_manager(
     accumulate_allreduce_grads_in_fp32: bool,
     params_dtype: torch.dtype,
     bucket_size_mb: int = 0,
+    **options: Any,
 ) -> MemoryManager:
     """Make a manager from the classic signature. What it is told is checked against what is found.
+
+    With `group`, this call is collective: a rank that is told something wrong makes it fail on all of them.
 
     Args:
         model: as for `create_memory_manager`.
@@ -258,6 +261,7 @@ def create_trainer_memory_manager(
         accumulate_allreduce_grads_in_fp32: whether gradient buffers are fp32.
         params_dtype: dtype of most parameters.
         bucket_size_mb: size of the device buckets in MiB; 0 for the default.
+        **options: what else `create_memory_manager` takes, such as `group`, `host_memory` or `verify`.
 
     Raises:
         InvalidArgumentError: an argument disagrees with the trainer; and whatever `create_memory_manager` raises.
@@ -270,16 +274,29 @@ def create_trainer_memory_manager(
         "params_dtype": params_dtype,
     }
     bucket_bytes = (bucket_size_mb << 20) or DEFAULT_BUCKET_BYTES
-    manager = create_memory_manager(model, optimizer, bucket_bytes=bucket_bytes)
+    manager = create_memory_manager(model, optimizer, bucket_bytes=bucket_bytes, **options)
+    try:
+        with manager._agreement.making(Call("create_trainer_memory_manager")):
+            _check_told(told, manager.facts)
+    except BaseException:
+        manager.close()
+        raise
+    return manager
+
+
+def _check_told(told: Mapping[str, object], facts: Mapping[str, object]) -> None:
+    """Hold what a caller says of a trainer against what was found.
+
+    Raises:
+        InvalidArgumentError: something is not so.
+    """
     wrong = [
-        f"{name} is given as {value!r}, and the trainer has {manager.facts[name]!r}"
+        f"{name} is given as {value!r}, and the trainer has {facts[name]!r}"
         for name, value in told.items()
-        if name in manager.facts and manager.facts[name] != value
+        if name in facts and facts[name] != value
     ]
     if wrong:
-        manager.close()
         raise InvalidArgumentError(f"{'; '.join(wrong)}. Correct the arguments, or use create_memory_manager")
-    return manager
 
 
 class MemoryManager:
@@ -691,8 +708,9 @@ class MemoryManager:
         """Offload for the length of a `with` block, and onload what it offloaded however the block ends.
 
         Arguments are those of `offload`, whose errors keep the block from being entered. What was away before the block
-        stays away after it. An exception of the block is raised again after the onload; if the onload fails too, its
-        error is raised with the block's as context, and the state is still on the host.
+        stays away after it (with `group`, what was away on all ranks). An exception of the block is raised again after
+        the onload; if the onload fails too, its error is raised with the block's as context, and the state is still on
+        the host.
 
         Yields:
             The report of the offload.
@@ -702,9 +720,7 @@ class MemoryManager:
             yield report
         finally:
             self.wait()  # for what the block may have begun
-            back = [
-                k for k, entry in report.kinds.items() if entry.moved and self.residency(k) is not Residency.RESIDENT
-            ]
+            back = self._left_by_a_block(report)
             if back:
                 self.onload(*back)
 
@@ -837,6 +853,17 @@ class MemoryManager:
         return self.onload(StateKind.GRAD_BUFFERS)
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _left_by_a_block(self, report: TransferReport) -> list[StateKind]:
+        """What a block has offloaded and not brought back, on this rank or on another that moves with it."""
+        mine = [k for k, entry in report.kinds.items() if entry.moved and self.residency(k) is not Residency.RESIDENT]
+        with self._exclusive():
+            if self._closed or self._discarded:
+                return mine
+            call = Call(_in_words("onload", [*report.kinds], "after a block"), (ANSWERS,))
+            with self._agreement.making(call) as ballot:
+                found = ballot.ask({kind.value: "away" for kind in mine})
+        return [kind for kind in report.kinds if kind.value in found]
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

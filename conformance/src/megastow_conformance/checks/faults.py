@@ -6,7 +6,9 @@ import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from megastow import OffloadedError, Residency, faults
+import torch
+
+from megastow import CorruptionError, OffloadedError, Residency, faults
 from megastow_conformance import oracle
 from megastow_conformance.case import Case
 from megastow_conformance.checks.common import KINDS, cycle, everything, need_megastow, trained
@@ -113,6 +115,60 @@ def _strike(case: Case, trainer: Trainer, name: str, error: type[BaseException],
         call()
     manager.onload()
     manager.close()
+
+
+def damaged_copy(case: Case) -> None:
+    """With digests, a byte that is copied wrong is reported, and the host copy kept: by the same call, or as it is."""
+    trainer = trained(case)
+    manager = case.manager(trainer, verify="digest", **_SMALL)
+    need_megastow(case, manager, "only megastow's own copies can be damaged on the way")
+    before = oracle.snapshot(everything(trainer, grads=True))
+    if oracle.differences(before, _after_an_ordinary_cycle(case, trainer, keep_grads=True)):
+        return  # what loses bytes without being disturbed is for another invariant to judge
+    damaged = [kind for kind in KINDS if _damage_a_copy(manager, trainer, kind)]
+    assert damaged, "there was nothing to damage"
+
+
+def _damage_a_copy(manager: MemoryManager, trainer: Trainer, kind: str) -> bool:
+    """Change one bit of a kind on its way back, and then on its way out; whether there was one."""
+    before = oracle.snapshot(everything(trainer, grads=True))
+    if not manager.offload(kind, keep_grads=True).host_bytes:
+        manager.onload(kind)
+        return False
+    with faults.meddle("onload.copied", _flip_a_bit):
+        error = _corruption(manager, kind)
+    assert not error.host_is_damaged, f"{kind} was damaged on its way back: {error}"
+    manager.onload(kind)
+    oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=True)), f"{kind}, brought back once more")
+    with faults.meddle("offload.copied", _flip_a_bit):
+        manager.offload(kind, keep_grads=True)
+    for _ in range(2):
+        error = _corruption(manager, kind)
+        assert error.host_is_damaged, f"{kind} was damaged on its way out: {error}"
+    manager.onload(kind, unverified=True)
+    found = oracle.differences(before, oracle.snapshot(everything(trainer, grads=True)))
+    assert found, f"{kind} came back whole, and was called damaged"
+    assert all(" differs in 1 of " in each for each in found), f"one bit of {kind} was damaged: {found}"
+    return True
+
+
+def _corruption(manager: MemoryManager, kind: str) -> CorruptionError:
+    """The error of an onload that finds a kind damaged, and leaves it in host memory."""
+    try:
+        manager.onload(kind)
+    except CorruptionError as error:
+        assert list(error.tensors) == [kind] and error.tensors[kind], f"{kind} was damaged, and not {error.tensors}"
+        assert error.tensors[kind][0] in str(error), f"{error} does not name it"
+        assert manager.residency(kind) is Residency.OFFLOADED, f"{kind} is damaged and {manager.residency(kind)}"
+        return error
+    raise AssertionError(f"{kind} was damaged on the way, and nobody said so")
+
+
+def _flip_a_bit(data: torch.Tensor) -> None:
+    """In the first byte of a chunk; what may still write to it is waited for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    data[:1] ^= 1
 
 
 def guard(case: Case) -> None:

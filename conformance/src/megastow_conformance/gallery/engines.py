@@ -1,4 +1,4 @@
-"""Engines, copies, host memory and guards with a mistake in them."""
+"""Engines, copies, digests, host memory, guards and ranks with a mistake in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megastow.agreement import Agreement, Decision
+from megastow.digest import digest
 from megastow.engine import Engine, Offload, Parked, RegionKey
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
@@ -65,6 +67,32 @@ class ReleasesAsItCopies(Engine):
     def _copy_out(self, parked: Parked, *details: Any) -> StagedArrival:
         arrival = super()._copy_out(parked, *details)
         parked.storage.resize_(0)
+        return arrival
+
+
+@breaks("failure")
+class ComparesNothing(Engine):
+    """Computes digests, and looks at none of them when the bytes are back.
+
+    Stands for a checksum that is written into a log.
+    """
+
+    def _compare(self, *_details: Any) -> None:
+        pass
+
+
+@breaks("failure")
+class DigestsWhatHasArrived(Engine):
+    """Computes the digest of what lies in host memory after the copy, so that damage on the way out is in it.
+
+    Stands for a checksum over the file that was written.
+    """
+
+    def _copy_out(self, parked: Parked, *details: Any) -> StagedArrival:
+        arrival = super()._copy_out(parked, *details)
+        arrival.wait()
+        if parked.digest is not None and parked.host is not None:
+            parked.digest.on_device, parked.digest.value = None, int(digest(parked.host.bytes()))
         return arrival
 
 
@@ -197,3 +225,35 @@ class CopiesOnRankZeroOnly(Engine):
         for parked in plans.get(StateKind.OPTIMIZER_STATES, ()) if torch.distributed.get_rank() else ():
             parked.host = None
         super()._refill(plans, *details)
+
+
+class _AgreesInstead(Agreement):
+    """Takes some decisions of the ranks for an agreement."""
+
+    swallowed: str
+
+    def vote(self, *details: Any) -> tuple[Decision, int]:
+        """What the ranks have decided."""
+        ranks: Any = super()
+        decision, following = ranks.vote(*details)
+        return Decision("agreed") if decision.end == self.swallowed else decision, following
+
+
+@breaks("failure", scenario="toy_dense_distopt", world=2)
+class GoesOnWithoutItsPeer(_AgreesInstead):
+    """Finishes the move that another rank has undone.
+
+    Stands for a barrier whose error is logged: one rank has its weights and the next one has none.
+    """
+
+    swallowed = "failed"
+
+
+@breaks("failure", scenario="toy_dense_distopt", world=2)
+class AsksNobodyWhatTheyCalled(_AgreesInstead):
+    """Waits for the other ranks, whatever they move.
+
+    Stands for a barrier before each move: it lets any two calls through that happen at the same time.
+    """
+
+    swallowed = "differ"

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 from megastow import MemoryManager, create_memory_manager
+from megastow.agreement import Agreement
 from megastow.engine import Engine
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
@@ -18,6 +19,7 @@ from megastow.transport import Transport
 _PLACES: dict[type, str] = {
     MemoryManager: "",
     MegatronBinding: "_trainer",
+    Agreement: "_agreement",
     Guard: "_guard",
     Engine: "_engine",
     Transport: "_engine._transport",

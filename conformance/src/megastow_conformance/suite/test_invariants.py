@@ -11,12 +11,16 @@ from megastow_conformance.checks import (
     host_state,
     interface,
     moves,
+    ranks,
     residue,
     selection,
     stateful,
     training,
 )
 from megastow_conformance.plugin import Conformance
+
+ONE_OF_ALL = "toy_dense_distopt"
+"""Enough in the core scope for what hardly depends on the adapter: each generation trains it, and ranks have shards."""
 
 
 def test_bitexact(conformance: Conformance) -> None:
@@ -107,6 +111,21 @@ def test_failure(conformance: Conformance) -> None:
 
 def test_failure_of_any_operation(conformance: Conformance) -> None:
     conformance.run(faults.failure_of_any_operation)
+
+
+@pytest.mark.megastow(core=ONE_OF_ALL)
+def test_failure_of_a_copy(conformance: Conformance) -> None:
+    conformance.run(faults.damaged_copy)
+
+
+@pytest.mark.megastow(worlds=(2, 4), core=ONE_OF_ALL)
+def test_failure_of_one_rank(conformance: Conformance) -> None:
+    conformance.run(ranks.failure_of_one_rank)
+
+
+@pytest.mark.megastow(worlds=(2, 4), core=ONE_OF_ALL)
+def test_failure_of_ranks_that_differ(conformance: Conformance) -> None:
+    conformance.run(ranks.different_calls)
 
 
 def test_failure_inside_the_block(conformance: Conformance) -> None:
