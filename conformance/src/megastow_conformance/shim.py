@@ -72,6 +72,7 @@ def install(core_version: Version) -> None:
         _answer_tensor_type()
         _answer_tensor_cuda()
         _answer_streams()
+        _forget_seeds_of_devices()
         if core_version < Version("0.5"):
             _answer_legacy_constructors()
 
@@ -266,6 +267,12 @@ def _answer_streams() -> None:
         "stream": _in_stream,
     }.items():
         setattr(torch.cuda, name, answer)
+
+
+def _forget_seeds_of_devices() -> None:
+    """``torch.manual_seed`` notes a seed, with the stack, for each kind of device that may come up later; none will."""
+    for module in (torch.cuda, torch.xpu, torch.mtia):
+        setattr(module, "manual_seed_all", lambda seed: None)  # noqa: B010
 
 
 class _DefaultGenerators(tuple[int, ...]):

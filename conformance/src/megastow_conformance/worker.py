@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
+import importlib.metadata
 import os
 import pickle
 import signal
@@ -90,6 +92,7 @@ def _serve(connection: Connection) -> None:
 
 def _set_up(setup: Setup) -> tuple[Harness, torch.device]:
     """Loads Megatron and joins the process group."""
+    _list_what_is_installed_once()
     import torch
 
     torch.set_num_threads(1)
@@ -106,6 +109,27 @@ def _set_up(setup: Setup) -> tuple[Harness, torch.device]:
     return harness, device
 
 
+def _list_what_is_installed_once() -> None:
+    """Remembers entry points: each new manager asks for the adapters, and nothing is installed while a worker lives.
+
+    megastow must not have been imported yet: it takes the function as it finds it.
+    """
+    setattr(importlib.metadata, "entry_points", functools.cache(importlib.metadata.entry_points))  # noqa: B010
+
+
+def _find_check(path: str) -> Check:
+    """The check of a name; what it imports is taken out of the garbage collector's sight.
+
+    Garbage is collected at least twice a check, which would walk all of that each time.
+    """
+    known = len(sys.modules)
+    check: Check = resolve(path)
+    if len(sys.modules) > known:
+        gc.collect()
+        gc.freeze()
+    return check
+
+
 def _answer(message: bytes, setup: Setup, harness: Harness, device: torch.device) -> Reply:
     """Runs the check that a message asks for.
 
@@ -115,7 +139,7 @@ def _answer(message: bytes, setup: Setup, harness: Harness, device: torch.device
     case: Case | None = None
     try:
         request: Request = pickle.loads(message)
-        check: Check = resolve(f"{request.module}:{request.name}")
+        check = _find_check(f"{request.module}:{request.name}")
         case = Case(
             harness,
             request.scenario,
