@@ -72,6 +72,10 @@ def hear(word):
     _store().wait([word], timedelta(seconds=LONG))
 
 
+def was_told(word):
+    return _store().check([word])
+
+
 def _store():
     return dist.distributed_c10d._get_default_store()
 

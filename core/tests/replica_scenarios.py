@@ -1,6 +1,8 @@
 """What each rank does in the tests of `test_replicas.py`; run in all processes of `rank_scenarios.GROUP` at once."""
 
 import contextlib
+import logging
+import logging.handlers
 import os
 import signal
 import time
@@ -23,6 +25,7 @@ from megastow import (
     machine,
     swap,
 )
+from megastow.agreement import _GroupBallot
 from megastow.gather import Gathering
 from megastow.plain import PlainBinding
 
@@ -338,6 +341,50 @@ def faults_of_an_onload():
                 assert_all(manager, Residency.RESIDENT)
                 assert_same(before, snapshot(trainer.tensors()))
                 del blocks
+    manager.close()
+
+
+def a_rank_that_waits_for_memory():
+    """It has begun all that the others need, so that they come to the vote meanwhile."""
+    trainer, manager = make(SHORT, host_memory="pageable")
+    before = snapshot(trainer.tensors(KEPT))
+    manager.offload()
+    confirm, device = _GroupBallot.confirm, manager._device
+
+    def votes(ballot, kind=None):
+        ranks.tell("voting")
+        confirm(ballot, kind)
+
+    with pytest.MonkeyPatch.context() as patch, faults.meddle("onload.chunk", lambda: None) as filled:
+        if dist.get_rank() == 0:
+            patch.setattr(_GroupBallot, "confirm", votes)
+        else:
+            free = device.free_bytes
+            patch.setattr(device, "free_bytes", lambda: free() if not filled[0] or ranks.was_told("voting") else 0)
+        manager.onload(wait_for_memory=LONG)
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
+    manager.close()
+
+
+def a_kind_that_fails_while_others_are_on_their_way():
+    """Nobody votes on it who still has to begin what the others need; so the ranks stay connected."""
+    trainer, manager = make(SHORT, host_memory="pageable")
+    given_up = logging.handlers.BufferingHandler(1000)
+    logging.getLogger("megastow.gather").addHandler(given_up)
+    before = snapshot(trainer.tensors(KEPT))
+    for seconds in (0.0, LONG):
+        manager.offload()
+        _fails_everywhere(
+            lambda: manager.onload(non_blocking=True, wait_for_memory=seconds).wait(),  # noqa: B023
+            "onload.confirm",
+            1,
+            RuntimeError,
+        )
+        assert_all(manager, Residency.OFFLOADED)
+        assert not given_up.buffer, given_up.buffer[0].getMessage()
+        manager.onload()
+        assert_same(before, snapshot(trainer.tensors(KEPT)))
+    logging.getLogger("megastow.gather").removeHandler(given_up)
     manager.close()
 
 

@@ -1,7 +1,6 @@
 """Use of what is away raises, and nothing is left of the guard afterwards."""
 
 import copy
-import gc
 import io
 import pickle
 import weakref
@@ -214,15 +213,30 @@ def test_guards_that_take_turns_block_for_themselves_only():
         assert (part.look(), vars(part)) == ("seen", {})
 
 
-def test_what_is_no_longer_a_part_is_let_go_by_the_next_move():
-    part, other, guard = Part(), Part(), Guard()
-    guard.update({StateKind.WEIGHTS}, listing(part, other))
-    guard.update(frozenset(), listing(part, other))
-    gone = weakref.ref(part)
-    del part
-    guard.update({StateKind.WEIGHTS}, listing(other))
-    gc.collect()  # what blocks an instance holds it, and is held by it
-    assert gone() is None
+def test_what_a_trainer_drops_between_two_moves_is_gone():
+    """Its device memory, too: a layer that is replaced, an optimizer that is made anew."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    manager = create_memory_manager(model)
+    for _ in range(2):
+        with manager.offloaded():
+            pass
+        gone = weakref.ref(model[0].weight)
+        model[0] = torch.nn.Linear(2, 2)
+        assert gone() is None
+    manager.close()
+
+
+def test_what_stood_there_is_not_taken_for_that_of_another():
+    """Of a part that is gone, whose place in memory a new one may have."""
+    guard = Guard()
+    for _ in range(100):
+        part = Part()
+        guard.update({StateKind.WEIGHTS}, listing(part))
+        with pytest.raises(OffloadedError, match="look of Part"):
+            part.look()
+        guard.update(frozenset(), listing(part))
+        assert (part.look(), vars(part)) == ("seen", {})
+        del part
     guard.close()
 
 

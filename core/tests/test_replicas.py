@@ -31,6 +31,8 @@ def ranks():
         "ranks_with_other_storages_keep_all",
         "faults_of_an_offload",
         "faults_of_an_onload",
+        "a_rank_that_waits_for_memory",
+        "a_kind_that_fails_while_others_are_on_their_way",
         "a_rank_that_is_interrupted_twice",
         "an_undoing_that_fails_on_one_rank",
         "residencies_that_differ",

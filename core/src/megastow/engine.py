@@ -865,28 +865,32 @@ class Engine:
         taken: list[Parked] = []
         arrivals: dict[StateKind, StagedArrival] = {}
         digests: list[tuple[Parked, Digest, Digest]] = []
+
+        def fill(part: Iterable[Parked]) -> None:
+            with self._device.copying(Direction.IN):
+                for parked in part:
+                    with clock.copying(parked.kind, self._device):
+                        self._copy_in(parked)
+                        if compares and parked.host is not None and parked.digest is not None:
+                            self._transport.begin_reading(parked.host)
+                            digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
+                    arrivals[parked.kind] = self._transport.arrival()
+
         try:
             # All at first, if there is no need to ask, and a driver allocates slowly beside copies in flight. Else part
             # by part, and each kind that somebody is told of before the next one waits for memory. What is shared at
-            # first in any case: the other ranks wait for it.
+            # first in any case, and before we wait for memory or vote: the other ranks wait for it.
             by_parts = permit is not None or self._device.frees_beside_copies
             at_first = shared if by_parts else released
             for _ in self._taking(at_first, taken, clock, permit, scratch):
                 pass
             self._transport.gather(self._replicas.meet(shared, ballot))
+            fill(at_first)
+            self._transport.catch_up()
             for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
-                batch = [p for kind in kinds for p in plans[kind] if p.released]
-                here = [p for p in batch if p.share is not None or not by_parts]
-                left = [p for p in batch if p.share is None and by_parts]
-                for part in itertools.chain([here], self._taking(left, taken, clock, permit, scratch)):
-                    with self._device.copying(Direction.IN):
-                        for parked in part:
-                            with clock.copying(parked.kind, self._device):
-                                self._copy_in(parked)
-                                if compares and parked.host is not None and parked.digest is not None:
-                                    self._transport.begin_reading(parked.host)
-                                    digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
-                            arrivals[parked.kind] = self._transport.arrival()
+                left = [p for kind in kinds for p in plans[kind] if p.released and p.share is None and by_parts]
+                for part in self._taking(left, taken, clock, permit, scratch):
+                    fill(part)
                 if arrived is not None:
                     for kind in kinds:
                         self._confirm(kind, arrivals, clock)

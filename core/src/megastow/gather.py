@@ -3,8 +3,10 @@
 [Note: the same all-gathers on all ranks]
 A rank that left one out would leave the others waiting in it. So all of a move are listed before the first one begins,
 in an order that is the same on all ranks, and whatever fails on a rank meanwhile, the rest of them is made all the same
-(`settle`), with bytes that nobody will use: the vote that follows undoes the move everywhere. Groups that overlap do
-not wait for each other in a circle, because each rank takes them in the order of their ranks, kind by kind.
+(`settle`), with bytes that nobody will use: the vote that follows undoes the move everywhere. A rank begins all of them
+before it waits for anything else, for a neighbour's memory or for votes: another rank may be waiting in one meanwhile.
+Groups that overlap do not wait for each other in a circle, because each rank takes them in the order of their ranks,
+kind by kind.
 
 Not every rank gets that far: one is killed, or interrupted once more. The others look into the store now and then while
 they wait, for one that has withdrawn, and give up after a time. A communicator that was given up is aborted, and the
@@ -247,6 +249,12 @@ class Gathering:
         self._num_followed += 1
         while self._reading and (len(self._reading) > _AHEAD or not self._reading[0]):
             self._begin_next()
+
+    def catch_up(self) -> None:
+        """Queue all that `follow` was called for; waits for threads that read, not for other ranks."""
+        while self._reading:
+            with self._steps[0].communicator.device.copying(Direction.IN):
+                self._begin_next()
 
     @property
     def is_behind(self) -> bool:

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import os
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future
 from functools import partial
@@ -99,8 +100,8 @@ class Guard:
         self._gate = _Gate()
         # By identity of an owner: its attributes, and those of them that stand where methods were.
         self._blocked: dict[int, tuple[dict[str, Any], dict[str, Blocked]]] = {}
-        # What stood there the last time and will stand there again, by identity of an owner, which it holds.
-        self._spare: dict[int, dict[str, Blocked]] = {}
+        # What stood there the last time and will stand there again, by identity of an owner, if that is still the same.
+        self._spare: dict[int, tuple[weakref.ref[Any], dict[str, Blocked]]] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -177,13 +178,13 @@ class Guard:
     def _block(self, owner: object, blocks: _Blocks) -> None:
         attributes = vars(owner)
         if id(owner) not in self._blocked and attributes.keys().isdisjoint(blocks):  # as it mostly is
-            spare = self._spare.get(id(owner), {})
-            if spare.keys() == blocks.keys():
+            known, spare = self._spare.get(id(owner), (None, {}))
+            if known is not None and known() is owner and spare.keys() == blocks.keys():
                 for method, missing in blocks.items():
                     spare[method].missing = missing
             else:
                 spare = {method: Blocked(owner, method, _MISSING, missing) for method, missing in blocks.items()}
-                self._spare[id(owner)] = spare
+                self._spare[id(owner)] = weakref.ref(owner), spare
             self._blocked[id(owner)] = attributes, spare.copy()
             attributes.update(spare)
             return
@@ -278,18 +279,27 @@ _NOBODY: _Missing = {}
 class Blocked:
     """Stands where a method was; calling it raises, or waits if what it needs is on its way back.
 
+    Does not hold the instance: a guard keeps this from move to move, and what a trainer drops meanwhile has to go.
+
     Attributes:
         before: the instance's own attribute of that name, which comes back at the end.
         missing: what is away. Shared by many, so it is replaced and never changed.
     """
 
-    __slots__ = ("_method", "_owner", "before", "missing")
+    __slots__ = ("_method", "_owner_ref", "before", "missing")
 
     def __init__(self, owner: object, method: str, before: object, missing: _Missing) -> None:
-        self._owner = owner
+        self._owner_ref = weakref.ref(owner)
         self._method = method
         self.before = before
         self.missing = missing
+
+    @property
+    def _owner(self) -> object:
+        owner = self._owner_ref()
+        if owner is None:
+            raise ReferenceError(f"{self._method} was taken from an object that is gone; hold the object as well")
+        return owner
 
     def forget(self, gate: _Gate) -> None:
         """Let go of it for one guard."""

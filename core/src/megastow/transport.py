@@ -134,6 +134,10 @@ class Transport:
         """Use these all-gathers for what is shared, from here to the end of the move; all or none are then made."""
         self._gathering = gathering
 
+    def catch_up(self) -> None:
+        """Queue the all-gathers of all that `copy_in` was called for; waits where threads have to read for them."""
+        self._gathering.catch_up()
+
     def begin_reading(self, host: HostSlice) -> None:
         """Make sure that work queued from here on finds what `copy_in` has queued for a slice; call within `copying()`.
 
