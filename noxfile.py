@@ -341,7 +341,7 @@ def megatron_tree(session: nox.Session, row: Row, *, python: str = "python", ver
         return None
     if row.source == "tree":
         session.error(f"{row.id} is a source tree: say where with MEGASTOW_MEGATRON='{row.id}=FOLDER'")
-    # By this name tools know what is installed. hypothesis reads the source of all else that a worker has imported: 1.4 s.
+    # By this name tools know what is installed; hypothesis reads the source of all else that a worker has imported.
     tree = Path(session.cache_dir).resolve() / "megatron" / f"{row.id}-python{version}" / "site-packages"
     marker = tree / "complete.txt"
     content = f"megatron-core {row.megatron} for Python {version}\n"

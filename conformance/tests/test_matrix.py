@@ -10,7 +10,7 @@ from megastow_conformance import harness
 from megastow_conformance.marks import suite_marks
 from megastow_conformance.plan import lacks_of
 from megastow_conformance.rows import DOUBLES, MatrixError, Row, parse_trees, read_matrix, select_rows
-from megastow_conformance.scenarios import CORE, SCENARIOS, WORDS, reason_against, unknown_words
+from megastow_conformance.scenarios import BRIEF, CORE, SCENARIOS, WORDS, reason_against, unknown_words
 
 MATRIX = """
 [default]
@@ -71,7 +71,7 @@ def test_rows_take_what_they_do_not_say_from_the_defaults(matrix):
         (("ci = false", "ci = 'no'"), "ci must be of type bool, not 'no'"),
         (('megatron = "1.0"', "megatron = 1.0"), "megatron must be of type str, not 1.0"),
         (('source = "double"', "source = 'git'"), "source must be one of pypi, double, tree, not 'git'"),
-        (('scope = "full"', "scope = 'most'"), "scope must be one of full, core, not 'most'"),
+        (('scope = "full"', "scope = 'most'"), "scope must be one of full, core, brief, not 'most'"),
         (('device = "any"', "device = 'gpu'"), "device must be one of any, cuda, not 'gpu'"),
         (('evidence = "real"', "evidence = 'good'"), "evidence must be one of real, double, not 'good'"),
         (("evidence =", "evidense ="), "row 'one': missing or unknown: evidence, evidense"),
@@ -113,13 +113,27 @@ def test_the_core_reaches_every_kind_of_state_with_and_without_a_language_model(
     assert by_optimizer == {(True, 1), (True, 2), (False, 1), (False, 2)}
 
 
+def test_the_brief_scope_is_a_part_of_the_core_with_both_optimizers_experts_and_ranks():
+    assert BRIEF < CORE
+    assert {(SCENARIOS[name].distributed_optimizer, world) for name, world in BRIEF} >= {(True, 2), (False, 1)}
+    for word in ("experts", "mixed_chain", "gpt", "expert_parallel"):
+        assert any(word in SCENARIOS[name].needs for name, _ in BRIEF), word
+
+
+def test_brief_rows_of_ci_lie_between_rows_with_the_core():
+    for adapter in {row.adapter for row in CI_ROWS.values()}:
+        scopes = [row.scope for row in CI_ROWS.values() if row.adapter == adapter]
+        assert scopes[0] == scopes[-1] == "core", adapter
+
+
 CI_ROWS = {row_id: row for row_id, row in read_matrix(real_megatron.MATRIX).items() if row.ci}
 
 
 @pytest.mark.parametrize("row", CI_ROWS.values(), ids=CI_ROWS)
 def test_what_a_test_asks_for_in_the_core_scope_is_trained_by_each_row_of_ci(row):
     lacks = lacks_of(row, "cpu")
-    trained = [(SCENARIOS[name], world) for name, world in CORE if not reason_against(lacks, SCENARIOS[name].needs)]
+    pairs = [(SCENARIOS[name], world) for name, world in CORE if row.includes(name, world)]
+    trained = [(scenario, world) for scenario, world in pairs if not reason_against(lacks, scenario.needs)]
     for test, mark in suite_marks().items():
         if not all(mark.in_core(scenario) for scenario in SCENARIOS.values()):
             worlds = mark.worlds or (1, 2)

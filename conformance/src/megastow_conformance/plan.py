@@ -97,7 +97,7 @@ class Plan:
             wanted: Which scenarios the test is for.
             worlds: The world sizes that it is for; ``None``: all.
             needs: What it asks of a Megatron besides.
-            in_core: Which of its scenarios are enough for rows with the scope ``"core"``.
+            in_core: Which of its scenarios are enough for rows with another scope than ``"full"``.
         """
         for row in self.rows:
             for scenario, world in self.pairs():

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megastow_conformance.scenarios import CORE
+from megastow_conformance.scenarios import BRIEF, CORE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +30,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "source": ("pypi", "double", "tree"),
     "device": ("any", "cuda"),
     "evidence": ("real", "double"),
-    "scope": ("full", "core"),
+    "scope": ("full", "core", "brief"),
 }
 
 
@@ -53,7 +53,8 @@ class Row:
         image: The container image that a GPU image is built from.
         device: ``"any"``, or ``"cuda"`` if a CPU is not enough.
         evidence: ``"real"`` if this very release trains in the tests, ``"double"`` if something stands in for it.
-        scope: ``"full"`` for every scenario on every world size, ``"core"`` for the pairs in ``scenarios.CORE``.
+        scope: ``"full"`` for every scenario on every world size, ``"core"`` for the pairs in ``scenarios.CORE``,
+            ``"brief"`` for those in ``scenarios.BRIEF``.
         ci: Whether every change is tested against it.
         path: The folder that holds the ``megatron`` package; ``None``: the one that an import finds.
     """
@@ -75,7 +76,7 @@ class Row:
 
     def includes(self, scenario: str, world: int) -> bool:
         """Whether the row's scope takes in a scenario on a number of ranks."""
-        return self.scope == "full" or (scenario, world) in CORE
+        return self.scope == "full" or (scenario, world) in (BRIEF if self.scope == "brief" else CORE)
 
 
 def read_matrix(path: Path) -> dict[str, Row]:

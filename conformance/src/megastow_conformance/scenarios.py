@@ -255,3 +255,14 @@ CORE: frozenset[tuple[str, int]] = frozenset(
 """Scenarios and world sizes that together reach each kind of storage, with both optimizers, alone and in company: what
 is affordable for every release after every change. They suffice without those that need a language model, because not
 every Megatron has one, and hold for one without experts, too."""
+
+BRIEF: frozenset[tuple[str, int]] = frozenset(
+    {
+        ("toy_plainopt", 1),
+        ("toy_mixed_chain", 1),
+        ("toy_dense_distopt", 2),
+        ("toy_distopt", 2),
+        ("gpt_ep2_distopt", 2),
+    }
+)
+"""Those of `CORE` for a release between two others that keep the same things in the same places, and have the core."""

@@ -35,7 +35,7 @@ from megastow_conformance.checks.checkpoints import leaves
 from megastow_conformance.checks.common import KINDS, everything, need_megastow
 from megastow_conformance.trainer import Point, Trainer
 
-EXAMPLES = {"core": 1, "full": 12}
+EXAMPLES = {"brief": 1, "core": 1, "full": 12}
 """Walks by the scope of the row: many rows are run after every change, so each takes other paths and few of them."""
 STEPS = 20
 MOST_SHRINKS = 60
