@@ -190,12 +190,8 @@ class Session:
             steps: Training steps that it has made; whoever asks for fewer makes the others before bits are compared.
             region: What to build and train it in.
         """
-        tenant = self._new_trainer(steps, region)
-        try:
+        with self._staying(self._new_trainer(steps, region)) as tenant:
             yield tenant
-        finally:
-            tenant.close()
-            self.device.release_cached()
 
     @contextlib.contextmanager
     def replicated_trainer(self) -> Iterator[Tenant[TrainerSubject]]:
@@ -207,25 +203,28 @@ class Session:
         subject = TrainerSubject(self.size, distributed_optimizer=False)
         for _ in range(STEPS):
             subject.train()
-        tenant = Tenant(self, subject, StateCopy(subject.state()))
-        try:
+        with self._staying(Tenant(self, subject, StateCopy(subject.state()))) as tenant:
             yield tenant
-        finally:
-            tenant.close()
-            self.device.release_cached()
 
     @contextlib.contextmanager
     def many_tensors(self, num_tensors: int, smallest: int, largest: int) -> Iterator[Tenant[ManyTensors]]:
         """Tensors of many sizes alone on the device, for the length of a ``with`` block; see ``ManyTensors``."""
         self.drop()
         subject = ManyTensors(num_tensors, smallest, largest, self.device.torch_device)
-        tenant = Tenant(self, subject, StateCopy(subject.state()))
+        try:
+            with self._staying(Tenant(self, subject, StateCopy(subject.state()))) as tenant:
+                yield tenant
+        finally:
+            forget_page_locked()
+
+    @contextlib.contextmanager
+    def _staying(self, tenant: Tenant[S]) -> Iterator[Tenant[S]]:
+        """A tenant that leaves with the ``with`` block, and its memory with it."""
         try:
             yield tenant
         finally:
             tenant.close()
             self.device.release_cached()
-            forget_page_locked()
 
     def _new_trainer(
         self, steps: int = STEPS, region: contextlib.AbstractContextManager[object] | None = None
