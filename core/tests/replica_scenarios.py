@@ -244,6 +244,25 @@ def ranks_with_other_storages_keep_all():
     manager.close()
 
 
+def ranks_with_other_storages_of_one_kind():
+    """What they list of that keeps none from sharing another, nor from leaving after it."""
+    trainer = Flat(32768)
+    main = [torch.full((1024 + n,), float(n), requires_grad=True) for n in range(1 + dist.get_rank())]
+    trainer.optimizer = torch.optim.Adam(main)
+    trainer, manager = make(model=trainer, bucket_bytes=1)
+    before = snapshot({**trainer.tensors(), **{f"main[{n}]": t for n, t in enumerate(main)}})
+    for first in ((), ("weights",)):
+        for kinds in (first, ()):
+            report = manager.offload(*kinds)
+            assert report.kinds["weights"].host_bytes in (0, kept(32768, ranks.GROUP.size()))
+        assert_all(manager, Residency.OFFLOADED)
+        blocks = junk([32768] * 3)
+        manager.onload()
+        assert_same(before, snapshot({**trainer.tensors(), **{f"main[{n}]": t for n, t in enumerate(main)}}))
+        del blocks
+    manager.close()
+
+
 def hosts_of_their_own(monkeypatch, host_of):
     monkeypatch.setattr(machine, "host_identity", lambda: host_of(dist.get_rank()))
 

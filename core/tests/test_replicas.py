@@ -29,6 +29,7 @@ def ranks():
         "views_are_refused",
         "ranks_that_differ_keep_all",
         "ranks_with_other_storages_keep_all",
+        "ranks_with_other_storages_of_one_kind",
         "faults_of_an_offload",
         "faults_of_an_onload",
         "a_rank_that_waits_for_memory",

@@ -178,7 +178,7 @@ class HostReplicas(Replicas):
         told = self._exchange(by_peers, ballot)
         whole: list[S] = []
         for peers, mine in sorted(by_peers.items()):  # as each rank takes the groups that it is in
-            rows = _rows(mine, [told[rank].get(peers, ()) for rank in peers])
+            rows = _rows_by_kind(mine, [told[rank].get(peers, ()) for rank in peers])
             for entry, row in zip(mine, rows, strict=True):
                 key = (entry.kind, entry.names[0])
                 (self._differed.discard if _is_same(row) else self._differed.add)(key)
@@ -272,6 +272,17 @@ def _by_peers(entries: Iterable[S]) -> dict[Ranks, list[S]]:
 def _rows(mine: Sequence[Shared], lists: Sequence[Sequence[_Told]]) -> list[tuple[_Told, ...]]:
     """What all ranks tell of each storage; nothing, if they do not list as many."""
     return list(zip(*lists, strict=True)) if len({len(told) for told in lists}) == 1 else [()] * len(mine)
+
+
+def _rows_by_kind(mine: Sequence[Shared], lists: Sequence[Sequence[_Told]]) -> list[tuple[_Told, ...]]:
+    """As `_rows`, kind by kind: that ranks do not list as many of one says nothing of the others."""
+    found: list[tuple[_Told, ...]] = []
+    for kind in dict.fromkeys(entry.kind for entry in mine):
+        found += _rows(
+            [entry for entry in mine if entry.kind is kind],
+            [[each for each in told if each.kind == str(kind)] for told in lists],
+        )
+    return found
 
 
 def _is_same(row: Sequence[_Told]) -> bool:
