@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,18 +28,21 @@ _STEPS_OF_A_MOVE = tuple(name for name in faults.POINTS if name.startswith(("hos
 def failure_of_one_rank(case: Case) -> None:
     """A fault on one rank: all raise and undo the move, the same call then succeeds on all, and training goes on.
 
-    In the core scope every step is struck once, on each rank in turn.
+    In the core scope every step is struck once, on each rank in turn; else on all of them.
     """
     undisturbed = trained(case)
     before = _after_an_ordinary_cycle(case, undisturbed, keep_grads=True)
     expected = [undisturbed.train_step(index) for index in range(2, STEPS)]
     trainer = trained(case)
     _after_an_ordinary_cycle(case, trainer, keep_grads=True)
+    manager = _together(case, trainer)
     for number, name in enumerate(_STEPS_OF_A_MOVE):
-        strikes = [(error, rank) for error in _ERRORS for rank in range(case.world)]
-        chosen = strikes if case.row.scope == "full" else [strikes[number % len(strikes)]]
-        for error, rank in chosen:
-            _strike_one_rank(case, trainer, before, name, error, rank)
+        for rank in range(case.world) if case.row.scope == "full" else [number % case.world]:
+            error = _ERRORS[(number // case.world + rank) % 2]
+            if name.startswith("host"):  # a manager takes host memory once
+                manager.close()
+                manager = _together(case, trainer)
+            _strike_one_rank(case, manager, trainer, before, _Strike(name, error, rank))
     assert [trainer.train_step(index) for index in range(2, STEPS)] == expected, "steps after faults are others"
     end = oracle.snapshot(undisturbed.named_state())
     oracle.assert_same(end, oracle.snapshot(trainer.named_state()), "state after training on")
@@ -70,32 +74,41 @@ def _together(case: Case, trainer: Trainer) -> MemoryManager:
     return manager
 
 
+@dataclass(frozen=True)
+class _Strike:
+    """A fault on one rank."""
+
+    point: str
+    error: type[BaseException]
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.error.__name__} at {self.point} on rank {self.rank}"
+
+
 def _strike_one_rank(
-    case: Case, trainer: Trainer, before: oracle.Snapshot, name: str, error: type[BaseException], rank: int
+    case: Case, manager: MemoryManager, trainer: Trainer, before: oracle.Snapshot, what: _Strike
 ) -> None:
-    """Make a new manager fail at one point on one rank, in whichever move passes it, and repeat the call."""
-    what = f"{error.__name__} at {name} on rank {rank}"
-    manager = _together(case, trainer)
-    if name.startswith("onload"):
+    """Make whichever move passes a point fail at it on one rank, and repeat the call."""
+    if what.point.startswith("onload"):
         _move(manager, "offload")
         direction, resting, other = "onload", Residency.OFFLOADED, Residency.RESIDENT
     else:
         direction, resting, other = "offload", Residency.RESIDENT, Residency.OFFLOADED
-    strikes = case.rank == rank
-    with faults.inject(name, lambda: error("injected")) if strikes else contextlib.nullcontext():
+    strikes = case.rank == what.rank
+    with faults.inject(what.point, lambda: what.error("injected")) if strikes else contextlib.nullcontext():
         raised = _raised(lambda: _move(manager, direction))
     assert "injected" in f"{raised} {raised and raised.__cause__}", f"{what}, and here: {raised!r}"
     if strikes:
         assert not isinstance(raised, PeerError), f"{what} is taken for that of another: {raised!r}"
     else:
-        assert isinstance(raised, PeerError) and raised.ranks == (rank,), f"{what} is not told as such: {raised!r}"
+        assert isinstance(raised, PeerError) and raised.ranks == (what.rank,), f"{what} is not told as such: {raised!r}"
     assert _places(manager) == {resting}, f"after {what}: {_places(manager)}"
     if resting is Residency.RESIDENT:
         _assert_same(before, trainer, f"undone after {what}")
     _move(manager, direction)
     assert _places(manager) == {other}, f"after the call that repeats one with {what}: {_places(manager)}"
     manager.onload()
-    manager.close()
     _assert_same(before, trainer, f"repeated after {what}")
 
 
