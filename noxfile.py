@@ -92,7 +92,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Unit tests, and the core of the conformance suite on CI's rows, in one pytest run; arguments go to pytest.
+    """Unit tests, and the conformance suite on CI's rows in their scopes, in one pytest run; arguments go to pytest.
 
     ``--megastow-row ID`` among the arguments runs that row only, also one that is not CI's.
     """
@@ -131,7 +131,7 @@ def conformance(session: nox.Session, row: Row) -> None:
     ``--reports FOLDER`` among them writes a report there. A source tree is run where it is given:
     ``MEGASTOW_MEGATRON="v1-23.08=FOLDER"``.
     """
-    run_row(session, row, row.python, device="cpu")
+    run_row(session, row, row.python, "--megastow-scope=core", device="cpu")
 
 
 @nox.session(name="conformance-full", venv_backend="none")
@@ -154,7 +154,7 @@ def gpu(session: nox.Session, row: Row) -> None:
         session.skip(f"this machine is for the row {only}")
     if not HAS_GPU:
         leave(session, "there is no CUDA device here")
-    run_row(session, row, THIS_PYTHON, device="cuda")
+    run_row(session, row, THIS_PYTHON, "--megastow-scope=core", device="cuda")
 
 
 @nox.session(venv_backend="none")
