@@ -61,7 +61,9 @@ class RandomWalk(RuleBasedStateMachine):
             try:
                 call()
             except (TransferError, KeyboardInterrupt):
-                assert passed[0] == after + 1 or name.startswith("onload")
+                # An undoing takes the steps of an onload; threads go on with their chunks of what is not page-locked.
+                goes_on = name.startswith("onload") or name == "offload.copied"
+                assert passed[0] == after + 1 or (goes_on and passed[0] > after)
             else:
                 assert passed[0] <= after
                 self.away = self.away | kinds if out else self.away - kinds
