@@ -40,7 +40,11 @@ class Bucket:
 
 def make_buffer(grad_dtype=torch.float32):
     return SimpleNamespace(
-        param_data=torch.zeros(4), grad_data=torch.zeros(4, dtype=grad_dtype), grad_dtype=grad_dtype, buckets=[Bucket()]
+        param_data=torch.zeros(4),
+        grad_data=torch.zeros(4, dtype=grad_dtype),
+        grad_dtype=grad_dtype,
+        buckets=[Bucket()],
+        data_parallel_group=None,
     )
 
 

@@ -101,7 +101,7 @@ class Guard:
         # By identity of an owner: its attributes, and those of them that stand where methods were.
         self._blocked: dict[int, tuple[dict[str, Any], dict[str, Blocked]]] = {}
         # What stood there the last time and will stand there again, by identity of an owner, if that is still the same.
-        self._spare: dict[int, tuple[weakref.ref[Any], dict[str, Blocked]]] = {}
+        self._spare: dict[int, tuple[Callable[[], object], dict[str, Blocked]]] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -184,7 +184,7 @@ class Guard:
                     spare[method].missing = missing
             else:
                 spare = {method: Blocked(owner, method, _MISSING, missing) for method, missing in blocks.items()}
-                self._spare[id(owner)] = weakref.ref(owner), spare
+                self._spare[id(owner)] = _reference(owner), spare
             self._blocked[id(owner)] = attributes, spare.copy()
             attributes.update(spare)
             return
@@ -276,6 +276,14 @@ _NOTHING: frozenset[StateKind] = frozenset()
 _NOBODY: _Missing = {}
 
 
+def _reference(owner: object) -> Callable[[], object]:
+    """How to get at an instance without holding it; one that cannot be referred to weakly is held."""
+    try:
+        return weakref.ref(owner)
+    except TypeError:
+        return lambda: owner
+
+
 class Blocked:
     """Stands where a method was; calling it raises, or waits if what it needs is on its way back.
 
@@ -289,7 +297,7 @@ class Blocked:
     __slots__ = ("_method", "_owner_ref", "before", "missing")
 
     def __init__(self, owner: object, method: str, before: object, missing: _Missing) -> None:
-        self._owner_ref = weakref.ref(owner)
+        self._owner_ref = _reference(owner)
         self._method = method
         self.before = before
         self.missing = missing
