@@ -158,7 +158,7 @@ def _add_leaf(inventory: Inventory, leaf: Any, prefix: str, replicas: Ranks) -> 
             main.add(f"{prefix}.{attribute}[{index}]", tensor)
     inner = device_part(leaf.optimizer)
     if inner is not None:
-        collect.add_main_weights(main, inner, f"{prefix}.")
+        collect.add_main_weights(main, inner, f"{prefix}.", listed={id(tensor) for _, tensor in main.tensors})
         collect.add_optimizer_states(states, inner, f"{prefix}.")
     # A precision-aware optimizer keeps its main copies in the state dictionary.
     main_copies = [entry for entry in states.tensors if _is_main_copy(entry[0])]

@@ -114,7 +114,7 @@ class Transport:
     def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
         """Queue the copy of what the host keeps into a storage; call within `device.copying()`.
 
-        Of what is shared, the all-gathers are queued with it; see `gather_into`.
+        Of what is shared, the all-gathers are queued with it; see `gather`.
         """
         target = byte_view(storage)
         source = host.bytes() if _is_direct(host) else None
