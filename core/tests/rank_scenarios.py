@@ -84,14 +84,22 @@ def _store():
 
 
 def cycles():
-    trainer, manager = make()
-    twin = Trainer(dist.get_rank())
+    go_through_cycles(*make(), Trainer(dist.get_rank()))
+
+
+def go_through_cycles(trainer, manager, twin, look=lambda report: None):
+    """Moves of all kinds, the later ones in the background, beside a twin that has made one step less and never moves.
+
+    `look` is given the report of each offload.
+    """
     twin.step()
     for number, kinds in enumerate([(), KINDS[:2], ("grad_buffers",), ("optimizer_states", "weights")] * 2):
         before = snapshot(trainer.tensors())
         in_background = number >= 4
         out = manager.offload(*kinds, keep_grads=True, non_blocking=in_background)
-        assert (out.wait() if in_background else out).device_bytes > 0
+        report = out.wait() if in_background else out
+        assert report.device_bytes > 0
+        look(report)
         assert device_bytes(moved(trainer.tensors(kinds or KINDS))) == 0
         blocks = junk([4096] * 4)
         back = manager.onload(*kinds, non_blocking=in_background)

@@ -74,24 +74,10 @@ def kept(nbytes, world):
 
 
 def cycles():
-    trainer, manager = make()
-    twin = Trainer(0, width=WIDTH)
-    twin.step()
-    for number, kinds in enumerate([(), KINDS[:2], ("grad_buffers",), ("optimizer_states", "weights")] * 2):
-        before = snapshot(trainer.tensors())
-        in_background = number >= 4
-        out = manager.offload(*kinds, keep_grads=True, non_blocking=in_background)
-        out = out.wait() if in_background else out
-        assert not differences(out), differences(out)
-        assert device_bytes(moved(trainer.tensors(kinds or KINDS))) == 0
-        blocks = junk([4096] * 4)
-        back = manager.onload(*kinds, non_blocking=in_background)
-        assert (back.wait() if in_background else back).device_bytes > 0
-        assert_same(before, snapshot(trainer.tensors()))
-        assert torch.equal(raw(trainer.step()), raw(twin.step()))
-        del blocks
-    assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
-    manager.close()
+    def look(report):
+        assert not differences(report), differences(report)
+
+    ranks.go_through_cycles(*make(), Trainer(0, width=WIDTH), look)
 
 
 def host_memory_is_shared():
