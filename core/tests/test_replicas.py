@@ -1,11 +1,17 @@
 """Ranks that share what is the same on all of them: each keeps a part, and every byte is back on each."""
 
+import ctypes
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
 import torch
 from core_toys import Trainer, assert_same, snapshot
 from rank_group import RankGroup
 
 from megastow import InvalidArgumentError, create_memory_manager
+from megastow.gather import Communicator
 from megastow.shares import UNIT_BYTES, Share
 
 
@@ -53,6 +59,16 @@ def test_three_ranks(ranks, scenario):
 
 def test_one_of_three_is_killed(ranks):
     ranks.run("one_is_killed_on_the_way_back", world=3, lost=[2])
+
+
+def test_an_interrupt_leaves_no_all_gather_unknown():
+    """A signal that comes while one is queued is handled when it has been noted, and not before."""
+    works = []
+    kill = ctypes.CDLL(None).kill  # unlike `os.kill`, it leaves the handling of signals to the interpreter
+    communicator = Communicator(SimpleNamespace(_allgather_base=kill), None, (0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        communicator.all_gather(os.getpid(), signal.SIGINT, works)
+    assert works == [0]
 
 
 # --- the parts, without processes ------------------------------------------------------------------------------------

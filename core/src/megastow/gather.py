@@ -25,15 +25,14 @@ the training can come between, also not from another thread. Each takes the devi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -111,7 +110,9 @@ class Communicator:
                 trial = torch.full((size,), size, dtype=torch.uint8, device=device.torch_device)
                 trial[index] = index
                 _TRIALS[id(trial)] = trial
-                _Gather(made, made.all_gather(trial, trial[index : index + 1]), ballot, seconds).wait()
+                works: list[Work] = []
+                made.all_gather(trial, trial[index : index + 1], works)
+                _Gather(made, works[0], ballot, seconds).wait()
                 del _TRIALS[id(trial)]
                 if trial.tolist() != list(range(size)):
                     raise RuntimeError(f"a trial gave {trial.tolist()}")
@@ -124,20 +125,21 @@ class Communicator:
         except Exception as error:
             raise PeerError(f"{_names(ranks)} could not connect: {error}", ranks=()) from error
 
-    def all_gather(self, whole: torch.Tensor, own: torch.Tensor) -> Work:
+    def all_gather(self, whole: torch.Tensor, own: torch.Tensor, works: list[Work]) -> None:
         """Queue one, behind what is queued on the current stream.
 
         Args:
             whole: uint8 of shape [N * n], contiguous: what all N ranks have, in their order.
             own: uint8 of shape [n]: this rank's part; may lie at its place in `whole`.
+            works: gets the one that is queued. Both happen in one call of C code, so that no signal's handler comes
+                between, and what the other ranks know of is known here, too.
 
         Raises:
             PeerError: it was closed.
         """
         if self._backend is None:
             raise PeerError(f"the connection of {_names(self.ranks)} was given up", ranks=())
-        work: Work = self._backend._allgather_base(whole, own)
-        return work
+        works.extend(map(self._backend._allgather_base, (whole,), (own,)))
 
     def close(self, *, wait: bool = False) -> None:
         """Abort what is under way, in a thread. Closing twice is fine.
@@ -231,12 +233,11 @@ class Gathering:
             ballot: of the move.
             seconds: how long other ranks are waited for in each.
         """
-        self._steps = deque(steps)
+        self._steps = tuple(steps)
         self._ballot = ballot
         self._seconds = seconds
-        self._reading: deque[Sequence[Future[None]]] = deque()
-        self._begun: deque[_Gather] = deque()
-        self._num_followed = 0
+        self._readings: list[Sequence[Future[None]]] = []  # of each step that was followed
+        self._works: list[Work] = []  # of each step that was begun
         self._num_done = 0
 
     def follow(self, reading: Sequence[Future[None]]) -> None:
@@ -245,86 +246,106 @@ class Gathering:
         Args:
             reading: what threads have to do before the chunk has arrived; their errors are raised here or later.
         """
-        self._reading.append(reading)
-        self._num_followed += 1
-        while self._reading and (len(self._reading) > _AHEAD or not self._reading[0]):
+        self._readings.append(reading)
+        while self.is_behind and (len(self._readings) - len(self._works) > _AHEAD or not self._next_reading):
             self._begin_next()
 
     def catch_up(self) -> None:
         """Queue all that `follow` was called for; waits for threads that read, not for other ranks."""
-        while self._reading:
-            with self._steps[0].communicator.device.copying(Direction.IN):
+        while self.is_behind:
+            with self._next.communicator.device.copying(Direction.IN):
                 self._begin_next()
 
     @property
     def is_behind(self) -> bool:
         """Whether some that `follow` was called for are still to be queued, because threads are reading."""
-        return bool(self._reading)
+        return len(self._works) < len(self._readings)
 
     def confirm(self) -> None:
         """Wait until all that `follow` was called for is done; errors surface here."""
-        self._wait(self._num_followed)
+        self._wait(len(self._readings))
 
     def arrival(self, copied: Arrival) -> Arrival:
         """The moment when a copy has arrived, and with it all that `follow` was called for until now."""
-        return (
-            _GatheredArrival(copied, functools.partial(self._wait, self._num_followed))
-            if self._num_followed
-            else copied
-        )
+        if not self._readings:
+            return copied
+        return _GatheredArrival(copied, functools.partial(self._wait, len(self._readings)))
 
     def settle(self) -> None:
         """Make what was not made yet, and wait until nothing is under way; of a move that has failed here.
 
         Gives up if another rank does. Interrupted, it gives up at once, and asked again it waits for the end.
         """
-        self._reading.clear()
         failed: Exception | None = None
         try:
-            while self._steps:
-                step = self._steps[0]
-                with contextlib.suppress(PeerError), step.communicator.device.copying(Direction.IN):
-                    self._begin(step)
-                self._steps.popleft()
-            while self._begun:
+            while len(self._works) < len(self._steps):
+                communicator = self._next.communicator
+                if communicator.is_closed:
+                    self._works.append(_NEVER_BEGUN)
+                    continue
+                with communicator.device.copying(Direction.IN):
+                    self._begin()
+            for number in range(self._num_done, len(self._steps)):
+                gather = self._under_way(number)
                 try:
-                    self._begun[0].wait()
+                    gather.wait()
                 except Exception as error:
                     failed = failed or error
-                self._begun[0].end()
-                self._begun.popleft()
+                gather.end()
+                self._num_done += 1
         except BaseException:
-            for step in self._steps:
+            for step in self._steps[self._num_done :]:
                 step.communicator.close()
-            for each in self._begun:
-                each.communicator.close()
             raise
         if failed is not None:
             logger.warning("shared state could not be gathered to the end: %s", failed)
 
-    def _begin_next(self) -> None:
-        for future in self._reading.popleft():
-            future.result()
-        self._begin(self._steps.popleft())
+    @property
+    def _next(self) -> Step:
+        """The first that was not begun."""
+        return self._steps[len(self._works)]
 
-    def _begin(self, step: Step) -> None:
-        piece = step.piece
+    @property
+    def _next_reading(self) -> Sequence[Future[None]]:
+        """What it waits for."""
+        return self._readings[len(self._works)]
+
+    def _begin_next(self) -> None:
+        for future in self._next_reading:
+            future.result()
+        self._begin()
+
+    def _begin(self) -> None:
+        step, piece = self._next, self._next.piece
         whole = byte_view(step.storage)[piece.start : piece.start + piece.nbytes]
         own = whole[piece.own_start - piece.start :][: piece.chunk_bytes]
-        work = step.communicator.all_gather(whole, own)
-        self._begun.append(_Gather(step.communicator, work, self._ballot, self._seconds))
-        step.communicator.device.follow(work)
+        step.communicator.all_gather(whole, own, self._works)
+        step.communicator.device.follow(self._works[-1])
+
+    def _under_way(self, number: int) -> _Gather:
+        return _Gather(self._steps[number].communicator, self._works[number], self._ballot, self._seconds)
 
     def _wait(self, number: int) -> None:
         """Return when the first `number` of them are done."""
         while self._num_done < number:
-            if not self._begun:
-                with self._steps[0].communicator.device.copying(Direction.IN):
+            while self._num_done >= len(self._works):
+                with self._next.communicator.device.copying(Direction.IN):
                     self._begin_next()
-            self._begun[0].wait()
-            self._begun.popleft()
+            self._under_way(self._num_done).wait()
             self._num_done += 1
 
+
+class _NeverBegun:
+    """In the place of an all-gather that was not made, because the communicator was closed before."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        return True
+
+
+_NEVER_BEGUN = _NeverBegun()
 
 NOTHING_TO_GATHER = Gathering((), ALONE, 0.0)
 """Of a move in which nothing is shared."""
