@@ -1,15 +1,17 @@
 """An offload begins with the copies of the last one: nothing is copied twice, and no guess of it is ever believed."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
 from core_toys import Trainer, assert_same, raw, snapshot
-from test_engine import M, W
+from test_engine import Counting, M, W
 from test_engine import Rig as EngineRig
 
-from megastow import CorruptionError, StateChangedError, TransferError, create_memory_manager, faults
+from megastow import CorruptionError, StateChangedError, TransferError, create_memory_manager, engine, faults
+from megastow.device import Arrival
 from megastow.transport import Transport
 
 
@@ -110,6 +112,34 @@ def test_it_holds_no_storage():
     before = snapshot(rig.all)
     cycled(rig, W)
     assert_same(before, snapshot(rig.all))
+
+
+def test_memory_goes_back_after_copies_that_were_begun_in_vain(monkeypatch):
+    """Where the driver takes it back beside copies; the owner of one may have dropped it meanwhile."""
+    monkeypatch.setattr(Counting, "frees_beside_copies", True)
+    for name in ("IN_FLIGHT_BYTES", "RETURNED_BYTES"):
+        monkeypatch.setattr(engine, name, 0)
+    rig = Rig(weights=[torch.randn(1 << 8) for _ in range(3)])
+    cycled(rig, W)
+    make, numbers, arrived, returned = rig.inventory, itertools.count(), set(), []
+
+    class NumberedArrival(Arrival):
+        def __init__(self):
+            self.number = next(numbers)
+
+        def wait(self):
+            arrived.add(self.number)
+
+    def inventory():
+        del rig.tensors[W][0]
+        return make()
+
+    rig.inventory = inventory
+    rig.device.arrival = NumberedArrival
+    rig.device.release_cached = lambda: returned.append(set(arrived))
+    rig.offload(W)
+    assert len(returned) > 1
+    assert all(0 in each for each in returned)
 
 
 def test_small_tensors_are_packed_after_it_all_the_same():

@@ -690,6 +690,11 @@ class Engine:
         clock, ballot = asked.clock, asked.ballot
         returns = asked.give_back and self._device.frees_beside_copies
         before = returned = self.released_bytes
+        if returns:
+            planned = {storage_id(p.storage): p.host for entries in plans.values() for p in entries}
+            for key, copy in begun.items():
+                if copy.host != planned.get(key):  # in vain: its owner may be gone, and its memory go back under it
+                    copy.arrival.wait()
         self._claim(plans)
         gone = {id(p) for entries in plans.values() for p in entries if p.released}
         try:
