@@ -171,6 +171,12 @@ def test_the_coldest_go_to_disk_until_the_rest_fits(memory, disk, expected):
     assert found.problem is None
 
 
+def test_what_is_colder_but_makes_no_difference_stays_in_memory():
+    found = place("auto", {HOT: 10, WARM: 50, COLD: 1}, {}, 0, lacks(15), lacks(100))
+    assert found.reasons == {WARM: "60 of 15"}
+    assert (found.memory_bytes, found.disk_bytes, found.problem) == (11, 50, None)
+
+
 def test_what_fits_nowhere_is_told_with_both_reasons():
     found = place("auto", WANTED, {}, 2, lacks(5), lacks(45))
     assert found.tiers == {HOT: Tier.PINNED, WARM: Tier.PINNED, COLD: Tier.DISK}

@@ -171,6 +171,13 @@ def place(
         refused = disk_lacks(taken(colder, on_disk=True))
         if refused is None:
             tiers, reasons[key] = colder, lack
+    for key in [
+        key for key in sizes if key in reasons
+    ]:  # colder than others, but too small to have made the difference
+        warmer = {**tiers, key: first}
+        if memory_lacks(in_memory(warmer)) is None:
+            tiers = warmer
+            del reasons[key]
     memory_bytes, disk_bytes = in_memory(tiers), taken(tiers, on_disk=True)
     lack = memory_lacks(memory_bytes)
     problem = f"{lack}; {refused}" if lack and refused else lack or disk_lacks(disk_bytes)
