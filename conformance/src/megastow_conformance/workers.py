@@ -1,9 +1,9 @@
 """Runs checks in fresh worker processes, one a rank, and turns whatever becomes of them into a verdict.
 
 A conformance check can hang in a collective, crash the interpreter or poison a CUDA context. None of that may hang or
-crash the test run, be mistaken for a pass, or touch the next test: workers are started from nothing (never forked),
-every check has a time limit, and after anything but a clean end the whole group is killed and the next check gets a new
-one.
+crash the test run, be mistaken for a pass, or touch the next test: workers are never forked from the test process (see
+``nursery``), every check has a time limit, and after anything but a clean end the whole group is killed and the next
+check gets a new one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from megastow_conformance.case import Check
 from megastow_conformance.messages import DEFAULT_SUBJECT, Device, Reply, Request, Setup, Verdict
+from megastow_conformance.nursery import Process, nursery
 from megastow_conformance.rows import Row
 from megastow_conformance.scenarios import Scenario
 
@@ -220,7 +221,7 @@ class WorkerGroup:
         """Starts the workers; returns what became of them if one could not be set up."""
         self._folder = Path(tempfile.mkdtemp(prefix="megastow-"))
         for rank in range(self.world):
-            worker = _Worker(rank, self._folder, _environment(self.row, self.device, rank, self.world))
+            worker = _Worker(rank, self._folder, _environment(self.row, self.device, rank, self.world), self.device)
             self._workers.append(worker)
             worker.ask(
                 Setup(
@@ -271,9 +272,10 @@ class _Worker:
         rank: Its rank.
         folder: Where its log and its stacks go, and where it runs.
         environment: Its environment variables.
+        device: The device type that it runs on.
     """
 
-    def __init__(self, rank: int, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, rank: int, folder: Path, environment: dict[str, str], device: Device) -> None:
         self.rank = rank
         self.log = folder / f"rank{rank}.log"
         self.stacks = folder / f"rank{rank}.stacks"
@@ -283,23 +285,8 @@ class _Worker:
         lifeline, self._lifeline = os.pipe()
         try:
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "megastow_conformance.worker",
-                        str(theirs.fileno()),
-                        str(lifeline),
-                        str(os.getpid()),
-                    ],
-                    cwd=folder,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(), lifeline),
-                    start_new_session=True,
-                )
+                start = _fork if device == "cpu" and sys.platform == "linux" else _spawn
+                self.process = start(theirs.fileno(), lifeline, log.fileno(), folder, environment)
         finally:
             theirs.close()
             os.close(lifeline)
@@ -366,6 +353,25 @@ class _Worker:
             lines = log.read().decode("utf-8", errors="replace").splitlines()
         cut = [f"... {len(lines) - _LOG_LINES} lines before these ..."] if len(lines) > _LOG_LINES else []
         return "\n".join(cut + lines[-_LOG_LINES:])
+
+
+def _fork(connection: int, lifeline: int, log: int, folder: Path, environment: dict[str, str]) -> Process:
+    """Starts a worker where the imports are done already."""
+    return nursery().fork(connection, lifeline, log, folder, environment)
+
+
+def _spawn(connection: int, lifeline: int, log: int, folder: Path, environment: dict[str, str]) -> Process:
+    """Starts a worker from nothing."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megastow_conformance.worker", str(connection), str(lifeline), str(os.getpid())],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        pass_fds=(connection, lifeline),
+        start_new_session=True,
+    )
 
 
 def _environment(row: Row, device: Device, rank: int, world: int) -> dict[str, str]:
