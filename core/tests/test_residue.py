@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 import threading
+import time
 import types
 import weakref
 
@@ -52,6 +53,16 @@ def _young_heap():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _one_plant_at_a_time():
+    """A thread of the test before may still be about to end, with what that has planted."""
+    deadline = time.monotonic() + 10
+    while any(type(t) is torch.Tensor and t.numel() == NUMBER for t in gc.get_objects()):
+        assert time.monotonic() < deadline, "the test before has left something planted"
+        time.sleep(0.01)
+        gc.collect()
 
 
 @pytest.fixture
