@@ -22,7 +22,7 @@ def groups():
     thorough = replace(row, scope="full")  # for as many random walks as there are
     with (
         WorkerGroup(thorough, 1, harness=row.harness, lasting=True) as alone,
-        WorkerGroup(row, 2, harness=row.harness) as pair,
+        WorkerGroup(row, 2, harness=row.harness, grace_seconds=1.0) as pair,
     ):
         yield {1: alone, 2: pair}
 

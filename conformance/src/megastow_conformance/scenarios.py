@@ -265,4 +265,4 @@ BRIEF: frozenset[tuple[str, int]] = frozenset(
         ("gpt_ep2_distopt", 2),
     }
 )
-"""Those of `CORE` for a release between two others that keep the same things in the same places, and have the core."""
+"""Those of `CORE` for a release next to another that keeps the same things in the same places, and has the core."""

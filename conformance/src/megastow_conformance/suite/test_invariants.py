@@ -128,6 +128,7 @@ def test_failure_of_ranks_that_differ(conformance: Conformance) -> None:
     conformance.run(ranks.different_calls)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_failure_inside_the_block(conformance: Conformance) -> None:
     conformance.run(faults.interrupted_block)
 
@@ -167,33 +168,41 @@ def test_host_state_sharded(conformance: Conformance) -> None:
     conformance.run(host_state.host_state_sharded)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_select(conformance: Conformance) -> None:
     conformance.run(selection.select)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_select_adapter(conformance: Conformance) -> None:
     conformance.run(selection.select_adapter)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_select_unknown(conformance: Conformance) -> None:
     conformance.run(selection.select_unknown)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_select_refuses_layouts(conformance: Conformance) -> None:
     conformance.run(selection.refused)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_select_by_classic_arguments(conformance: Conformance) -> None:
     conformance.run(interface.classic_factory)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_order_by_classic_names(conformance: Conformance) -> None:
     conformance.run(interface.classic)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_host_prepared(conformance: Conformance) -> None:
     conformance.run(interface.prepared)
 
 
+@pytest.mark.megastow(core=ONE_OF_ALL)
 def test_order_of_preparations(conformance: Conformance) -> None:
     conformance.run(interface.prepared_while_away)
