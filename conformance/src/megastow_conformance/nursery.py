@@ -11,6 +11,7 @@ has the other end of that any more.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -110,10 +111,22 @@ class Nursery:
                 start_new_session=True,
             )
         self._socket = ours
+        atexit.register(self.close)
+
+    @property
+    def pid(self) -> int:
+        """The id of the process."""
+        return self._process.pid
 
     def alive(self) -> bool:
         """Whether the process still runs."""
         return self._process.poll() is None
+
+    def close(self) -> None:
+        """Ends the process, and with it the workers that it has forked. Closing twice is fine."""
+        atexit.unregister(self.close)
+        self._socket.close()
+        self._process.wait()
 
     def fork(self, connection: int, lifeline: int, log: int, folder: Path, environment: Mapping[str, str]) -> Process:
         """Forks a worker.
@@ -132,9 +145,9 @@ class Nursery:
         try:
             message = json.dumps({"folder": str(folder), "environment": dict(environment)}).encode()
             socket.send_fds(self._socket, [message], [connection, lifeline, log, theirs])
-            answer = self._socket.recv(_MOST_BYTES).decode()
+            answer = self._socket.recv(_MOST_BYTES).decode() or "the process that forks them has ended"
             if not answer.isdecimal():
-                raise RuntimeError(f"no worker could be forked: {answer or 'the process that forks them is gone'}")
+                raise RuntimeError(f"no worker could be forked: {answer}")
         except BaseException:
             os.close(status)
             raise

@@ -130,3 +130,11 @@ def asks_the_subject(case):
 def builds_and_fails(case):
     case.build()
     raise AssertionError("after building")
+
+
+def has_imported_torch_only(case):
+    """Asked after the harness was loaded, which imports nothing by itself."""
+    for name in ("megatron", "apex", "transformer_engine", "_pytest"):
+        assert name not in sys.modules, name
+    assert "torch._dynamo" in sys.modules
+    assert Path(sys.path[0]) == Path.cwd()
