@@ -45,6 +45,24 @@ def _expect_every_bit(case: Case, *, keep_grads: bool) -> None:
         oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=keep_grads)), f"after cycle {number}")
 
 
+def bitexact_of_other_sizes(case: Case) -> None:
+    """Optimizer states that have become larger or smaller since the last cycle come back as they are now."""
+    trainer = trained(case)
+    manager = case.manager(trainer, bucket_bytes=SMALL_BUCKET_BYTES, chunk_bytes=4096)
+    cycle(case, manager, trainer)
+    for factor in (3.1, 0.26):
+        states = [t for name, t in trainer.named_state().items() if ".state" in name and t.dim() and t.numel()]
+        states = [tensor for tensor in states if oracle.is_on_device(tensor, case.device)]
+        assert states, "no optimizer state is on the device"
+        for number, tensor in enumerate(states):
+            content = torch.arange(1 + int(factor * tensor.numel()), device=case.device)
+            tensor.data = content.add_(number).remainder_(251).to(tensor.dtype)
+        before = oracle.snapshot(everything(trainer, grads=False))
+        for number in (1, 2):
+            cycle(case, manager, trainer)
+            oracle.assert_same(before, oracle.snapshot(everything(trainer, grads=False)), f"after cycle {number}")
+
+
 def identity(case: Case) -> None:
     """Every tensor object alive has its identity, its properties and its aliases as before; hooks fire as before.
 

@@ -31,6 +31,11 @@ def test_bitexact_with_grads(conformance: Conformance) -> None:
     conformance.run(moves.bitexact_with_grads)
 
 
+@pytest.mark.megastow(scenarios=lambda scenario: scenario.optimizer == "adam", core=ONE_OF_ALL)
+def test_bitexact_of_other_sizes(conformance: Conformance) -> None:
+    conformance.run(moves.bitexact_of_other_sizes)
+
+
 def test_identity(conformance: Conformance) -> None:
     conformance.run(moves.identity)
 
