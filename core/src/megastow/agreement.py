@@ -28,14 +28,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
 from megastow.errors import AgreementError, InvalidArgumentError, InvalidTypeError, MegastowError, PeerError
 from megastow.state import StateKind
-from megastow.store import Store, StoreLine, store_of
+from megastow.store import Store, StoreLine, store_of, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -502,7 +501,7 @@ class GroupAgreement(Agreement):
         is_last = store.add(self._key(number, "come"), int(is_new)) == len(self._ranks)
         if not is_last:
             with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
-                store.wait([self._key(number, "decision")], timedelta(seconds=seconds))
+                wait_for(store, self._key(number, "decision"), seconds)
                 return self._decided(store, number, store.get(self._key(number, "decision")), is_last)
         return self._decide(store, number, self._judge(store, number, seconds), is_last)
 

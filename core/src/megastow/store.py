@@ -3,15 +3,20 @@
 It is where the ranks found each other, and belongs to torch. Its calls end neither with Ctrl-C nor, if the process that
 serves them is stopped, at all; so each is made in a thread of its own. And a connection serves one call at a time, a
 wait included; so who waits needs one that nobody else uses.
+
+[Note: pauses]
+A machine may pause: a virtual one that is moved, a container that is frozen, a process under a debugger. Who wakes up
+then finds its time limit over, though nobody had a chance to answer. So an answer is waited for in parts, of which a
+pause uses up one; and a wait in the store, which complains aloud at its end, is repeated if it took longer than asked.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +26,13 @@ from megastow.errors import PeerError
 
 _T = TypeVar("_T")
 _C10D: Any = dist  # torch's stubs leave the stores out
+
+_NUM_PARTS = 10
+
+_PAUSE_SECONDS = 1.0
+"""What a wait overruns its limit by only if the machine has paused, or has nearly."""
+
+_MOST_PAUSES = 2
 
 
 class Store(Protocol):
@@ -63,13 +75,30 @@ class StoreLine:
                 done.set_exception(error)
 
         threading.Thread(target=run, name="megastow-agree", daemon=True).start()
-        try:
-            self._idle, result = done.result(seconds)
-        except FutureTimeoutError:
-            if done.done():
-                raise
-            raise PeerError(f"the store of the process group did not answer within {seconds:g} s", ranks=()) from None
+        part = seconds / _NUM_PARTS  # see [Note: pauses]
+        if not any(wait([done], part).done for _ in range(_NUM_PARTS)):
+            raise PeerError(f"the store of the process group did not answer within {seconds:g} s", ranks=())
+        self._idle, result = done.result()
         return result
+
+
+def wait_for(store: Store, key: str, seconds: float) -> None:
+    """Return when a key was set; see [Note: pauses].
+
+    Raises:
+        RuntimeError: it was not within `seconds`, or the store does not answer.
+    """
+    pauses = 0
+    while True:
+        start = time.monotonic()
+        try:
+            store.wait([key], timedelta(seconds=seconds))
+        except RuntimeError:
+            pauses += 1
+            if pauses > _MOST_PAUSES or time.monotonic() - start < seconds + _PAUSE_SECONDS:
+                raise
+        else:
+            return
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
