@@ -162,7 +162,7 @@ def many_cycles():
 # --- what fails on one rank ------------------------------------------------------------------------------------------
 
 
-def _fails_everywhere(call, name, rank, error):
+def fails_everywhere(call, name, rank, error):
     with others_fault(name, lambda: error("injected"), rank=rank), pytest.raises(BaseException) as raised:
         call()
     found = raised.value
@@ -178,8 +178,8 @@ def _fails_everywhere(call, name, rank, error):
         assert not isinstance(found, PeerError)
 
 
-def _faults_out(error, in_background):
-    for number, name in enumerate(OUT):
+def faults_out(error, in_background=False, points=OUT, make=make):
+    for number, name in enumerate(points):
         trainer, manager = make()  # a new one: packing and host memory come once
         before = snapshot(trainer.tensors())
 
@@ -187,7 +187,7 @@ def _faults_out(error, in_background):
             moved = manager.offload(non_blocking=in_background)  # noqa: B023
             return moved.wait() if in_background else moved
 
-        _fails_everywhere(call, name, number % 2, error)
+        fails_everywhere(call, name, number % 2, error)
         assert_all(manager, Residency.RESIDENT)
         assert_same(before, snapshot(trainer.tensors()))
         call()
@@ -198,15 +198,15 @@ def _faults_out(error, in_background):
 
 
 def faults_of_an_offload():
-    _faults_out(RuntimeError, in_background=False)
+    faults_out(RuntimeError)
 
 
 def faults_of_an_offload_in_the_background():
-    _faults_out(MemoryError, in_background=True)
+    faults_out(MemoryError, in_background=True)
 
 
 def interruptions_of_an_offload():
-    _faults_out(KeyboardInterrupt, in_background=False)
+    faults_out(KeyboardInterrupt)
 
 
 def what_one_rank_leaves_behind():
@@ -240,7 +240,7 @@ def faults_of_an_onload():
     for error in (RuntimeError, KeyboardInterrupt):
         for number, name in enumerate(BACK):
             manager.offload(keep_grads=True)
-            _fails_everywhere(manager.onload, name, number % 2, error)
+            fails_everywhere(manager.onload, name, number % 2, error)
             assert_all(manager, Residency.OFFLOADED)
             assert device_bytes(moved(trainer.tensors())) == 0
             blocks = junk([4096] * 4)
@@ -364,7 +364,7 @@ def a_manager_by_classic_arguments():
     assert isinstance(raised.value, InvalidArgumentError if dist.get_rank() == 1 else PeerError)
     assert not trainer.model._forward_hooks
     manager = create_trainer_memory_manager(trainer.model, trainer.optimizer, **right, chunk_bytes=512, verify="digest")
-    _fails_everywhere(manager.offload, "offload.chunk", 0, RuntimeError)
+    fails_everywhere(manager.offload, "offload.chunk", 0, RuntimeError)
     assert_all(manager, Residency.RESIDENT)
     assert_same(before, snapshot(trainer.tensors()))
     manager.offload(keep_grads=True)
@@ -625,11 +625,11 @@ def derived_weights_and_a_fault_on_one_rank():
     trainer, manager = derived()
     before = snapshot(trainer.tensors())
     for number, error in enumerate((RuntimeError, KeyboardInterrupt)):
-        _fails_everywhere(manager.offload, "derive.prove", number, error)
+        fails_everywhere(manager.offload, "derive.prove", number, error)
         assert_all(manager, Residency.RESIDENT)
         assert_same(before, snapshot(trainer.tensors()))
         manager.offload()
-        _fails_everywhere(manager.onload, "derive.rebuild", number, error)
+        fails_everywhere(manager.onload, "derive.rebuild", number, error)
         assert_all(manager, Residency.OFFLOADED)
         manager.onload()
         assert_same(before, snapshot(trainer.tensors()))

@@ -12,7 +12,7 @@ import rank_scenarios as ranks
 import torch
 import torch.distributed as dist
 from core_toys import KEPT, KINDS, Trainer, assert_same, device_bytes, junk, moved, raw, snapshot
-from rank_scenarios import BACK, LONG, SHORT, assert_all, everywhere, others_fault
+from rank_scenarios import BACK, LONG, SHORT, assert_all, everywhere, fails_everywhere, others_fault
 
 from megastow import (
     MegastowError,
@@ -300,30 +300,9 @@ def _with_experts(inventory):
 # --- what fails ------------------------------------------------------------------------------------------------------
 
 
-def _fails_everywhere(call, name, rank, error):
-    with others_fault(name, lambda: error("injected"), rank=rank), pytest.raises(BaseException) as raised:
-        call()
-    if dist.get_rank() == rank:
-        assert isinstance(raised.value, KeyboardInterrupt if error is KeyboardInterrupt else MegastowError)
-        assert not isinstance(raised.value, PeerError)
-    else:
-        assert isinstance(raised.value, PeerError), raised.value
-        assert raised.value.ranks == (rank,)
-
-
 def faults_of_an_offload():
     for error in (RuntimeError, KeyboardInterrupt):
-        for number, name in enumerate(OUT):
-            trainer, manager = make()  # a new one: packing and host memory come once
-            before = snapshot(trainer.tensors())
-            _fails_everywhere(manager.offload, name, number % 2, error)
-            assert_all(manager, Residency.RESIDENT)
-            assert_same(before, snapshot(trainer.tensors()))
-            manager.offload(keep_grads=True)
-            assert_all(manager, Residency.OFFLOADED)
-            manager.onload()
-            assert_same(before, snapshot(trainer.tensors()))
-            manager.close()
+        ranks.faults_out(error, points=OUT, make=make)
 
 
 def faults_of_an_onload():
@@ -340,7 +319,7 @@ def faults_of_an_onload():
                     moved = manager.onload(non_blocking=in_background)  # noqa: B023
                     return moved.wait() if in_background else moved  # noqa: B023
 
-                _fails_everywhere(call, name, number % 2, error)
+                fails_everywhere(call, name, number % 2, error)
                 assert len({tuple(where) for where in everywhere(ranks.where(manager))}) == 1
                 blocks = junk([4096] * 4)
                 manager.onload()
@@ -380,7 +359,7 @@ def a_kind_that_fails_while_others_are_on_their_way():
     before = snapshot(trainer.tensors(KEPT))
     for seconds in (0.0, LONG):
         manager.offload()
-        _fails_everywhere(
+        fails_everywhere(
             lambda: manager.onload(non_blocking=True, wait_for_memory=seconds).wait(),  # noqa: B023
             "onload.confirm",
             1,
