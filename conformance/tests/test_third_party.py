@@ -46,7 +46,7 @@ def pretend_installed(folder, name, version, entry_point):
 def test_one_function_is_enough_to_run_invariants_on_one_and_two_ranks(run, pytester):
     tests = "(test_bitexact or test_identity or test_released or test_grads) and toy_plainopt"
     result = run("--megastow-harness", "tiny_harness:build", "--megastow-report", "report.json", tests=tests)
-    result.assert_outcomes(passed=10, deselected=result.parseoutcomes()["deselected"])
+    result.assert_outcomes(passed=12, deselected=result.parseoutcomes()["deselected"])
     result.stdout.fnmatch_lines(["megastow: tiny (full), on cpu", "*test_bitexact?tiny-w2-toy_plainopt? PASSED*"])
     report = (pytester.path / "report.json").read_text()
     assert str(pytester.path) not in report
