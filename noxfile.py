@@ -270,6 +270,8 @@ def environment(session: nox.Session, version: str) -> str:
         if base is None or subprocess.run([base, "-c", ""], capture_output=True, check=False).returncode:
             session.skip(f"there is no Python {version} here")
         session.run_install(sys.executable, "-m", "virtualenv", "--quiet", "--python", base, str(folder), external=True)
+        if not python.exists():
+            session.error(f"{folder} is to be made, and nox was told to install nothing: run it without -R")
     install(session, str(python), version)
     return str(python)
 
@@ -287,6 +289,9 @@ def install(session: nox.Session, python: str, version: str) -> None:
     if marker.is_file() and marker.read_text(encoding="utf-8") == content:
         session.log("everything is installed already")
         return
+    if session.run_install(python, "-m", "pip", "--version", silent=True, external=True) is None:
+        session.log("the environment is not up to date, and nox was told to install nothing")
+        return
     marker.unlink(missing_ok=True)
     link = folder / "zz_borrowed_torch.pth"  # the last of its kind, so that our own editable installs come first
     link.unlink(missing_ok=True)
@@ -299,8 +304,8 @@ def install(session: nox.Session, python: str, version: str) -> None:
     session.log("installing megastow, its adapters and its conformance suite (editable)")
     pip_install(session, python, "--constraint", str(constraints), *OURS)
     show = "import torch; print('torch', torch.__version__, 'from', torch.__path__[0])"
-    if session.run_install(python, "-W", "ignore", "-c", show, external=True):  # not if nox is to install nothing
-        marker.write_text(content, encoding="utf-8")
+    session.run_install(python, "-W", "ignore", "-c", show, external=True)
+    marker.write_text(content, encoding="utf-8")
 
 
 def pip_install(session: nox.Session, python: str, *arguments: str) -> None:

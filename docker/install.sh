@@ -43,7 +43,7 @@ print(*(path for path in sys.path if path.endswith(("site-packages", "dist-packa
 
 torch='import importlib.util; print(importlib.util.find_spec("torch").origin)'
 expected=$("$python" -c "$torch")
-for environment in "$MEGASTOW_ENVIRONMENTS"/rows-*; do
+for environment in "$MEGASTOW_ENVIRONMENTS"/python*; do
   found=$("$environment/bin/python" -c "$torch")
   [[ $found == "$expected" ]] || {
     printf 'install.sh: %s uses %s, and not the torch that was here, %s\n' "$environment" "$found" "$expected" >&2

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import machinery_checks as checks
@@ -24,7 +25,7 @@ def nursery():
 
 @pytest.fixture
 def pair(nursery, monkeypatch):
-    monkeypatch.setattr(workers, "nursery", lambda: nursery)
+    monkeypatch.setattr(workers, "nursery", lambda rank: nursery)
     with make_group(2) as group:
         yield group
 
@@ -71,19 +72,72 @@ def test_it_takes_its_workers_with_it_and_another_follows(monkeypatch):
     monkeypatch.setattr(nurseries, "_nurseries", {})
     with WorkerGroup(ROW, 1, harness="machinery_harness") as group:
         group.run(checks.passes, SCENARIO)
-        first, pids = nurseries.nursery(), group.pids
+        first, pids = nurseries.nursery(0), group.pids
         os.kill(first.pid, signal.SIGKILL)
         assert not wait_until_gone([first.pid, *pids])
         assert group.run(checks.passes, SCENARIO).verdict == "passed"
-        assert nurseries.nursery() is not first
+        assert nurseries.nursery(0) is not first
         first.close()
-        nurseries.nursery().close()
+        nurseries.nursery(0).close()
 
 
 def test_one_that_has_ended_forks_nothing(tmp_path):
     made = Nursery()
     os.kill(made.pid, signal.SIGKILL)
     assert not wait_until_gone([made.pid])
-    with (tmp_path / "log").open("wb") as log, pytest.raises((RuntimeError, BrokenPipeError)):
+    with (tmp_path / "log").open("wb") as log, pytest.raises(RuntimeError, match="no worker could be forked"):
         made.fork(log.fileno(), log.fileno(), log.fileno(), tmp_path, {})
     made.close()
+
+
+def test_ranks_that_follow_each_other_have_other_orders_of_sets(tmp_path):
+    with make_group(2) as group:
+        for _ in range(2):
+            assert group.run(checks.notes_a_hash, SCENARIO, parameters={"folder": str(tmp_path)}).verdict == "passed"
+    zeroth, first = ((tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1))
+    assert len({*zeroth}) == len({*first}) == 1
+    assert zeroth != first
+
+
+def test_a_start_that_is_interrupted_leaves_no_answer_to_the_next(monkeypatch, tmp_path):
+    monkeypatch.setattr(nurseries, "_nurseries", {})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with make_group(1) as group:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)  # it is importing torch then
+            with pytest.raises(KeyboardInterrupt):
+                group.run(checks.passes, SCENARIO)
+            outcome = group.run(checks.says_pid, SCENARIO, parameters={"folder": str(tmp_path)})
+            assert outcome.verdict == "passed", outcome.report()
+            assert [path.name for path in tmp_path.iterdir()] == [f"{ROW.id}-0-{pid}" for pid in group.pids]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        nurseries.nursery(0).close()
+
+
+def test_a_fork_of_the_test_process_does_not_keep_it(nursery):
+    made = Nursery()
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        begin = time.monotonic()
+        made.close()
+        assert time.monotonic() - begin < 30
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_an_environment_may_be_large(nursery, tmp_path):
+    lifeline, ours = os.pipe()
+    with (tmp_path / "log").open("w+b") as log:
+        process = nursery.fork(log.fileno(), lifeline, log.fileno(), tmp_path, {"LARGE": "x" * (1 << 20)})
+        assert process.wait(30) == 0  # there is nobody to serve
+    os.close(lifeline)
+    os.close(ours)

@@ -5,8 +5,11 @@ starts hundreds. The nursery imports that once, and each worker begins where it 
 no Megatron and none of our own adapters. Nothing is ever forked from the process that runs the tests, which has threads
 and has imported who knows what. Only for the CPU: a CUDA driver that has been asked anything does not survive a fork.
 
-It is started as ``python -m megastow_conformance.nursery SOCKET``, an inherited file descriptor, and ends when nobody
-has the other end of that any more.
+There is one for ranks with an even number and one for the others: what one has forked has one order of sets and one
+layout of addresses, and what comes out of that must not be the same on all ranks in the tests only.
+
+It is started as ``python -m megastow_conformance.nursery SOCKET PARENT``, the first being an inherited file descriptor,
+and ends when nobody has the other end of that any more, or its parent dies.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ PRELOADED = (
 )
 """What every worker needs sooner or later, and nothing that a row's own folder may have in another version."""
 
-_MOST_BYTES = 1 << 20
+FORK_SECONDS = 120.0
+"""How long it may take until a worker is forked, the imports of the first included."""
+
+_END_SECONDS = 10.0
+_MOST_BYTES = 1 << 12
 _DEATH = -signal.SIGKILL
 
 
@@ -94,11 +101,12 @@ class Nursery:
     """The process, seen from the one that runs the tests."""
 
     def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="megastow-nursery-")  # imports look where they are made
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megastow_conformance.nursery", str(theirs.fileno())],
-                cwd=tempfile.gettempdir(),
+                [sys.executable, "-m", "megastow_conformance.nursery", str(theirs.fileno()), str(os.getpid())],
+                cwd=self._folder.name,
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
@@ -125,8 +133,15 @@ class Nursery:
     def close(self) -> None:
         """Ends the process, and with it the workers that it has forked. Closing twice is fine."""
         atexit.unregister(self.close)
+        with contextlib.suppress(OSError):  # closed, or the other end is gone
+            self._socket.shutdown(socket.SHUT_RDWR)  # a fork of this process may have the socket, too
         self._socket.close()
-        self._process.wait()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
 
     def fork(self, connection: int, lifeline: int, log: int, folder: Path, environment: Mapping[str, str]) -> Process:
         """Forks a worker.
@@ -139,31 +154,49 @@ class Nursery:
             environment: Its environment variables. What ``PYTHONPATH`` names comes first in ``sys.path``.
 
         Raises:
-            RuntimeError: If the nursery cannot.
+            RuntimeError: If the nursery cannot. It has ended then, as after any other exception: an answer that nobody
+                has read would be taken for that to the next call.
         """
         status, theirs = os.pipe()
         try:
-            message = json.dumps({"folder": str(folder), "environment": dict(environment)}).encode()
-            socket.send_fds(self._socket, [message], [connection, lifeline, log, theirs])
-            answer = self._socket.recv(_MOST_BYTES).decode() or "the process that forks them has ended"
-            if not answer.isdecimal():
-                raise RuntimeError(f"no worker could be forked: {answer}")
-        except BaseException:
-            os.close(status)
-            raise
-        finally:
+            with tempfile.TemporaryFile() as message:  # of any length
+                message.write(json.dumps({"folder": str(folder), "environment": dict(environment)}).encode())
+                message.flush()
+                socket.send_fds(self._socket, [b"fork"], [connection, lifeline, log, theirs, message.fileno()])
             os.close(theirs)
-        return ForkedProcess(int(answer), status)
+            theirs = -1
+            return ForkedProcess(self._answer(status), status)
+        except BaseException as error:
+            for fd in (status, theirs):
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+            self._process.kill()
+            self._process.wait()
+            if isinstance(error, OSError):
+                raise RuntimeError(f"no worker could be forked: {error}") from error
+            raise
+
+    def _answer(self, status: int) -> int:
+        """The process id that a worker tells when it can be found by it."""
+        ready, _, _ = select.select([self._socket.fileno(), status], [], [], FORK_SECONDS)
+        if self._socket.fileno() not in ready:
+            reason = f"it ended at once ({os.read(status, 64).decode()})" if ready else f"not within {FORK_SECONDS:g} s"
+            raise RuntimeError(f"no worker could be forked: {reason}")
+        answer = self._socket.recv(_MOST_BYTES).decode() or "the process that forks them has ended"
+        if not answer.isdecimal():
+            raise RuntimeError(f"no worker could be forked: {answer}")
+        return int(answer)
 
 
-_nurseries: dict[int, Nursery] = {}
+_nurseries: dict[tuple[int, int], Nursery] = {}
 
 
-def nursery() -> Nursery:
-    """The nursery of this process, started if there is none."""
-    found = _nurseries.get(os.getpid())
+def nursery(rank: int) -> Nursery:
+    """The nursery of this process for a rank, started if there is none."""
+    key = os.getpid(), rank % 2
+    found = _nurseries.get(key)
     if found is None or not found.alive():
-        found = _nurseries[os.getpid()] = Nursery()
+        found = _nurseries[key] = Nursery()
     return found
 
 
@@ -172,9 +205,10 @@ def nursery() -> Nursery:
 
 def main(arguments: list[str]) -> None:
     """Serves until nobody has the other end of the socket."""
-    line = socket.socket(fileno=int(arguments[0]))
+    line, parent = socket.socket(fileno=int(arguments[0])), int(arguments[1])
+    worker.die_with(parent)
     for module in PRELOADED:
-        with contextlib.suppress(ImportError):  # the worker will say so
+        with contextlib.suppress(Exception):  # the worker will say so
             importlib.import_module(module)
     gc.collect()
     gc.freeze()  # or a collection in a worker would copy every page
@@ -203,10 +237,14 @@ def _tell_who_has_ended(statuses: dict[int, int]) -> None:
 
 def _answer(line: socket.socket, others: Sequence[int], statuses: dict[int, int]) -> bool:
     """Forks a worker, which tells its process id itself once it can be found by it; false if nobody asks any more."""
-    message, fds, _, _ = socket.recv_fds(line, _MOST_BYTES, 4)
-    if not message:
+    try:
+        asked, fds, _, _ = socket.recv_fds(line, _MOST_BYTES, 5)
+    except ConnectionResetError:
         return False
-    connection, lifeline, log, status = fds
+    if not asked:
+        return False
+    connection, lifeline, log, status, message = fds
+    me = os.getpid()
     try:
         pid = os.fork()
     except OSError as error:
@@ -215,7 +253,7 @@ def _answer(line: socket.socket, others: Sequence[int], statuses: dict[int, int]
         if pid == 0:
             for fd in (*others, status, *statuses.values()):
                 os.close(fd)
-            _become_worker(line, connection, lifeline, log, **json.loads(message))
+            _become_worker(line, me, connection, lifeline, log, message)
         statuses[pid] = os.dup(status)
     for fd in fds:
         os.close(fd)  # so that each has one end only, that of the worker
@@ -223,7 +261,7 @@ def _answer(line: socket.socket, others: Sequence[int], statuses: dict[int, int]
 
 
 def _become_worker(
-    line: socket.socket, connection: int, lifeline: int, log: int, folder: str, environment: dict[str, str]
+    line: socket.socket, parent: int, connection: int, lifeline: int, log: int, message: int
 ) -> NoReturn:
     """What ``python -m megastow_conformance.worker`` does, from where the imports are done."""
     try:
@@ -235,12 +273,17 @@ def _become_worker(
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        os.chdir(folder)
+        os.lseek(message, 0, os.SEEK_SET)
+        with open(message, encoding="utf-8") as file:
+            asked = json.load(file)
+        os.chdir(asked["folder"])
         os.environ.clear()
-        os.environ.update(environment)
-        added = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        sys.path[:1] = [folder, *added]  # instead of the folder that the nursery was started in
-        worker.main([str(connection), str(lifeline), str(os.getppid())])
+        os.environ.update(asked["environment"])
+        added = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        sys.path[:1] = [asked["folder"], *added]  # instead of the folder that the nursery was started in
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()  # Python does so with its own generator
+        worker.main([str(connection), str(lifeline), str(parent)])
     except BaseException:
         traceback.print_exc()
     finally:

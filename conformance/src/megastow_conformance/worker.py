@@ -60,16 +60,21 @@ def _die_with_parent(lifeline_fd: int, parent: int) -> None:
     The kernel's own signal works even while a C call holds the interpreter lock, but exists only on Linux; the pipe,
     whose other end only the test process has, works everywhere.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
 
     def watch() -> None:
         os.read(lifeline_fd, 1)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="megastow-lifeline", daemon=True).start()
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel end this process when its parent dies, where it can; at once if that is dead already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _serve(connection: Connection) -> None:

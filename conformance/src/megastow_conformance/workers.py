@@ -285,7 +285,7 @@ class _Worker:
         lifeline, self._lifeline = os.pipe()
         try:
             with self.log.open("wb") as log:
-                start = _fork if device == "cpu" and sys.platform == "linux" else _spawn
+                start = nursery(rank).fork if device == "cpu" and sys.platform == "linux" else _spawn
                 self.process = start(theirs.fileno(), lifeline, log.fileno(), folder, environment)
         finally:
             theirs.close()
@@ -353,11 +353,6 @@ class _Worker:
             lines = log.read().decode("utf-8", errors="replace").splitlines()
         cut = [f"... {len(lines) - _LOG_LINES} lines before these ..."] if len(lines) > _LOG_LINES else []
         return "\n".join(cut + lines[-_LOG_LINES:])
-
-
-def _fork(connection: int, lifeline: int, log: int, folder: Path, environment: dict[str, str]) -> Process:
-    """Starts a worker where the imports are done already."""
-    return nursery().fork(connection, lifeline, log, folder, environment)
 
 
 def _spawn(connection: int, lifeline: int, log: int, folder: Path, environment: dict[str, str]) -> Process:

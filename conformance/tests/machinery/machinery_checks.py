@@ -138,3 +138,8 @@ def has_imported_torch_only(case):
         assert name not in sys.modules, name
     assert "torch._dynamo" in sys.modules
     assert Path(sys.path[0]) == Path.cwd()
+
+
+def notes_a_hash(case, folder):
+    with Path(folder, f"rank{case.rank}").open("a") as file:
+        print(hash("of a word"), file=file)

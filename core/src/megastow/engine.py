@@ -695,6 +695,8 @@ class Engine:
             for key, copy in begun.items():
                 if copy.host != planned.get(key):  # in vain: its owner may be gone, and its memory go back under it
                     copy.arrival.wait()
+                    if copy.digest is not None:
+                        copy.digest.computed.wait()
         self._claim(plans)
         gone = {id(p) for entries in plans.values() for p in entries if p.released}
         try:
