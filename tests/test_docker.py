@@ -280,3 +280,10 @@ def test_an_installation_without_a_torch_is_refused(tmp_path):
     assert result.returncode != 0
     assert "this Python has no torch" in result.stderr
     assert not (tmp_path / "nox").exists()
+
+
+def test_an_image_is_looked_at_where_nox_makes_environments():
+    """`install.sh` ends with a look at each: which torch the tests import there."""
+    made = re.search(r'parent / f"(\w+){version}"', (ROOT / "noxfile.py").read_text())
+    assert made is not None
+    assert f'"$MEGASTOW_ENVIRONMENTS"/{made[1]}*; do' in (ROOT / "docker" / "install.sh").read_text()
