@@ -5,11 +5,13 @@ import functools
 import gc
 import itertools
 import json
+import pickle
 import sys
 import threading
 import time
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -854,3 +856,235 @@ def test_what_a_manager_refers_to_is_named_by_whoever_has_it(trainer, manager):
     assert named(manager.explain_residue()) == {
         ("local", "trainer > Trainer.model > Net._modules['layers'] > ModuleList._modules['0'] > Linear.cache[0]")
     }
+
+
+# --- whatever the heap is like, and whoever runs meanwhile -----------------------------------------------------------
+
+
+def test_many_tensors_do_not_use_up_what_a_search_may_meet(manager, monkeypatch):
+    monkeypatch.setattr(referrers, "MOST_OBJECTS", 500)
+    manager.offload()
+    held = {"x": leak()}
+    many = [torch.empty(0) for _ in range(600)]
+    assert named(manager.explain_residue()) == {("local", "held['x']")}
+    del held, many
+
+
+def test_searches_of_several_managers_are_made_one_after_the_other(manager):
+    other = Trainer(seed=1)
+    other.step()
+    holder = Holder()
+    holder.a = {"b": leak()}
+    heap = [[number] for number in range(50_000)]
+    with create_memory_manager(other.model, other.optimizer) as second, ThreadPoolExecutor(2) as pool:
+        manager.offload()
+        second.offload()
+        for _ in range(3):
+            for found in pool.map(lambda asked: asked.explain_residue(), (manager, second)):
+                (storage,) = planted(found)
+                assert any("Holder" in owner.path or "holder" in owner.path for owner in storage.owners), storage
+                assert not any("kept by megastow" in owner.place for owner in storage.owners), storage
+            assert not gc.get_debug() & gc.DEBUG_SAVEALL
+    del heap
+
+
+@pytest.mark.parametrize("call", ["onload", "offload", "prepare", "close", "wait"])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_finalizer_that_calls_the_manager_does_nothing_to_the_move_that_it_runs_in(
+    trainer, manager, call, in_background, no_collection
+):
+    class Job:
+        def __init__(self):
+            self.me = self
+            self.cache = torch.ones(1 << 20)  # without it there is little enough
+
+        def __del__(self):
+            try:
+                getattr(manager, call)()
+            except TransferError as error:
+                said.append(str(error))
+            else:
+                said.append("went through")
+
+    said = []
+    before = snapshot(trainer.tensors(KINDS[:3]))
+    with pytest.raises(ResidueError) as raised:
+        manager.offload(max_residue_bytes=0)
+    most = raised.value.residue.residue_bytes + (1 << 20)
+    raised = None
+    Job()
+    moved = manager.offload(max_residue_bytes=most, non_blocking=in_background)
+    if in_background:
+        moved.wait(60)
+    assert len(said) == 1
+    if call != "wait" or in_background:
+        assert "in the middle of a call" in said[0]
+    assert {manager.residency(kind) for kind in KINDS} == {Residency.OFFLOADED}
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KINDS[:3])))
+    assert all(grad.untyped_storage().nbytes() for grad in trainer.tensors(["grad_buffers"]).values())
+
+
+def test_a_profiler_s_variables_are_left_alone(manager):
+    """Its callbacks write back what they find, as those of a tracer do: in this thread, and in another that waits."""
+
+    def step():
+        batch = leak()
+        return done(batch)
+
+    def done(batch):
+        return batch.numel()
+
+    def asks(frame, event, _):
+        if event == "call" and frame.f_code is done.__code__:
+            manager.explain_residue(most_storages=1)
+
+    outer = sys.getprofile()
+    sys.setprofile(asks)
+    try:
+        assert step() == NUMBER
+    finally:
+        sys.setprofile(outer)
+
+    waits, goes_on, found = threading.Event(), threading.Event(), []
+
+    def waiting(frame, event, _):
+        if event == "call" and frame.f_code is done.__code__:
+            waits.set()
+            goes_on.wait(30)
+
+    def run():
+        sys.setprofile(waiting)
+        try:
+            found.append(step())
+        finally:
+            sys.setprofile(None)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert waits.wait(30)
+    manager.explain_residue(most_storages=1)
+    goes_on.set()
+    thread.join()
+    assert found == [NUMBER]
+
+
+def test_what_changes_while_it_is_looked_at_is_no_error(manager):
+    manager.offload()
+    keep = Holder()
+    keep.cache = dict.fromkeys(range(5000))
+    keep.cache["x"] = leak()
+    ends = threading.Event()
+
+    class Adds:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            keep.cache[object()] = None
+
+    def churn():
+        while not ends.is_set():
+            for _ in range(50):
+                Adds()
+            time.sleep(0)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert ("local", "keep > Holder.cache['x']") in named(manager.explain_residue())
+    finally:
+        ends.set()
+        thread.join()
+
+
+def test_any_key_has_a_name(manager):
+    manager.offload()
+    held = {10**5000: leak()}
+    assert named(manager.explain_residue()) == {("local", "held[<int>]")}
+    del held
+
+
+@pytest.mark.parametrize("base", [object, dict])
+def test_variables_in_a_mapping_of_somebody_s_own(manager, base):
+    class Names(base):
+        def __init__(self):
+            self.found = {}
+
+        def __getitem__(self, key):
+            return self.found[key]
+
+        def __setitem__(self, key, value):
+            self.found[key] = value
+
+        def items(self):
+            raise KeyboardInterrupt
+
+    manager.offload()
+    exec("tensor = leak(); ask()", {"leak": leak, "ask": manager.explain_residue}, Names())
+
+
+def test_a_tensor_or_a_storage_of_any_class_is_told(manager):
+    class Odd(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    class Meta(type(torch.UntypedStorage)):
+        def __getattribute__(cls, name):
+            raise LookupError(name)
+
+    class OddStorage(torch.UntypedStorage, metaclass=Meta):
+        @property
+        def device(self):
+            raise LookupError("device")
+
+    manager.offload()
+    odd = torch.Tensor._make_subclass(Odd, leak(), dispatch_sizes_strides_policy="sizes")
+    storage = OddStorage(64)
+    assert any(tensor.type.endswith("Odd") for tensor in planted(manager.explain_residue())[0].tensors)
+    del odd, storage
+
+
+def test_variables_of_suspended_and_of_running_functions(manager):
+    def suspended():
+        batch = leak()
+        inner = lambda: batch  # noqa: E731
+        yield inner
+
+    async def running():
+        batch = leak()
+        return named(manager.explain_residue()), batch
+
+    manager.offload()
+    generator = suspended()
+    next(generator)
+    ((kind, path),) = named(manager.explain_residue())
+    assert (kind, path) == ("local", "batch")
+    generator.close()
+    del generator
+    with pytest.raises(StopIteration) as ended:
+        running().send(None)
+    assert ended.value.value[0] == {("local", "batch")}
+
+
+def test_an_error_survives_the_way_to_another_process(manager):
+    tensor = leak()
+    with pytest.raises(ResidueError) as raised:
+        manager.offload(max_residue_bytes=0)
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert type(again) is ResidueError
+    assert str(again) == str(raised.value)
+    assert (again.residue, again.max_residue_bytes) == (raised.value.residue, 0)
+    assert [storage.owners for storage in again.residue.storages] == [s.owners for s in raised.value.residue.storages]
+    del tensor
+
+
+def test_a_search_ends_in_time(manager, monkeypatch):
+    monkeypatch.setattr(referrers, "MOST_SECONDS", 0.0)
+    manager.offload()
+    held = [leak()]
+    (storage,) = planted(manager.explain_residue())
+    assert str(storage).endswith("owners not looked for") or storage.owners
+    del held

@@ -9,14 +9,23 @@ itself are `assert` statements, not errors.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megastow.residue import Residue
 
 
 class MegastowError(Exception):
-    """Base of all errors of megastow."""
+    """Base of all errors of megastow. All of them can be pickled: jobs send errors from process to process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), self.args, vars(self))
+
+
+def _made_again(cls: type[MegastowError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> MegastowError:
+    error = cls.__new__(cls, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 # --- what the caller handed in -------------------------------------------------------------------------------------

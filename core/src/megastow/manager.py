@@ -41,6 +41,7 @@ from megastow.errors import (
     NotOnHostError,
     OffloadedError,
     ResidueError,
+    TransferError,
 )
 from megastow.guard import Guard
 from megastow.handle import DEFAULT_WINDOW_BYTES, MemoryPermit, TransferHandle
@@ -351,6 +352,7 @@ class MemoryManager:
         self._lock = threading.RLock()
         self._preparing: Future[int] | None = None
         self._pending: Future[TransferReport] | None = None
+        self._closing = False
         self._reading = False
         self._closed = False
         self._discarded = False  # from the begin of a close that brings nothing back, however it ends
@@ -744,9 +746,12 @@ class MemoryManager:
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
+        is_inside = self._is_inside
         with self._exclusive():
             self._check_open()
             self._check_not_reading()
+            if is_inside:
+                raise _called_inside()
             self._finish_preparing()
             self._trainer.quiesce([k for k in wanted if not self._engine.is_away(k)], keep_grads=True)
             # Only sizes go to the thread: tensors in its hands would outlive the step that drops them.
@@ -786,16 +791,23 @@ class MemoryManager:
             CorruptionError: as from `onload`; the manager stays open.
             PeerError, AgreementError: with replicas, other ranks did not do the same; the manager stays open.
         """
+        is_inside = self._is_inside
         with self._exclusive():
             if self._closed:
                 return
             self._check_not_reading()
+            if is_inside:
+                raise _called_inside()
             self._finish_preparing()
             self._discarded |= discard
             if not self._discarded:
                 away = any(self._engine.is_away(kind) for kind in ALL_KINDS)
-                with contextlib.nullcontext() if self._shares and away else self._apart():
-                    self.onload()
+                self._closing = True
+                try:
+                    with contextlib.nullcontext() if self._shares and away else self._apart():
+                        self.onload()
+                finally:
+                    self._closing = False
                 self._guard.close()
             self._engine.close()
             self._closed = True
@@ -869,6 +881,7 @@ class MemoryManager:
     def _exclusive(self) -> Iterator[None]:
         """One call at a time, and none while a move is under way in the background."""
         self._check_process()  # before any lock: whoever held it at the fork is not here to let go
+        is_inside = self._is_inside
         while True:
             with self._lock:
                 pending = self._pending
@@ -876,7 +889,14 @@ class MemoryManager:
                     self._pending = None
                     yield
                     return
+            if is_inside:  # of the very move that is pending
+                raise _called_inside()
             pending.exception()  # not within the lock, which the move takes
+
+    @property
+    def _is_inside(self) -> bool:
+        """Whether this thread is in the middle of a call of this manager already; a finalizer can run anywhere."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined] # `threading.Condition` asks the same way
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -894,9 +914,12 @@ class MemoryManager:
         call: Call,
     ) -> TransferReport | TransferHandle:
         """Make a move, here or in a thread of its own."""
+        is_inside = self._is_inside and not self._closing
         with self._exclusive():
             self._check_open()
             self._check_not_reading()
+            if is_inside:
+                raise _called_inside()
             move = _Move(direction, self._device.memory(), call)
             return self._start(move, wanted, act) if non_blocking else self._make(move, wanted, act)
 
@@ -1047,6 +1070,14 @@ class MemoryManager:
     def _check_not_reading(self) -> None:
         if self._reading:
             raise OffloadedError("state is being read on the host by manager.on_host; move it when that has returned")
+
+
+def _called_inside() -> TransferError:
+    return TransferError(
+        "this thread is in the middle of a call of this memory manager, and something that runs in it has called once "
+        "more: a finalizer (`__del__`, the callback of a weak reference) or a callback of the job. Nothing was done "
+        "for that. Leave moves to the job's own course"
+    )
 
 
 def _in_words(direction: Direction, kinds: Sequence[StateKind], *options: str) -> str:

@@ -92,10 +92,10 @@ class OwnerSearch:
             links: who holds what in C++.
             hidden: containers of ours that are no owners.
         """
-        frames, self._variables = _look_at_running_functions()
+        self._running, self._variables = _look_at_running_functions()
         self._met = met
         self._links = links
-        self._hidden = {id(met), *map(id, hidden), *frames}
+        self._hidden = {id(met), *map(id, hidden), *self._running}
         self._holders: dict[int, list[int]] = {}
         self._climbed: set[int] = set()
         self._globals = _module_dictionaries()
@@ -106,19 +106,23 @@ class OwnerSearch:
         None at all for those that a search that took too long has not come to.
         """
         deadline = time.monotonic() + MOST_SECONDS
+        before = len(self._met)
         for _ in range(MOST_HOPS):
-            ends = self._open_ends(targets)
-            if not ends or len(self._met) > MOST_OBJECTS or time.monotonic() > deadline:
+            ends = self._open_ends(targets, deadline)
+            if not ends or len(self._met) - before > MOST_OBJECTS or time.monotonic() > deadline:
                 break
             self._climb(ends[:_MOST_AT_A_TIME])
-        return {target: self._owners(target) for target in targets}
+        deadline = max(deadline, time.monotonic() + MOST_SECONDS / 4)  # to name what was found
+        return {target: self._owners(target) if time.monotonic() < deadline else () for target in targets}
 
     # --- climbing ------------------------------------------------------------------------------------------------
 
-    def _open_ends(self, targets: Iterable[int]) -> list[int]:
+    def _open_ends(self, targets: Iterable[int], deadline: float) -> list[int]:
         """What has not been asked after yet, on ways that have not come to a beginning; nearest first."""
         ends: dict[int, None] = {}
         for target in targets:
+            if time.monotonic() > deadline:
+                break
             if target not in self._climbed:
                 ends[target] = None
             for holder in self._holders.get(target, ())[:MOST_OWNERS]:
@@ -132,11 +136,11 @@ class OwnerSearch:
         wanted = set(keys)
         held = [self._met[key] for key in keys]
         for holder in gc.get_referrers(*held):
-            if holder is not held and id(holder) not in self._hidden:
+            if holder is not held and id(holder) not in self._hidden and not self._is_running(holder):
                 self._met[id(holder)] = holder
                 if _is_ours(holder):  # it has a way to everything, by the manager, and names nothing
                     self._climbed.add(id(holder))
-                for key in {id(each) for each in gc.get_referents(holder)} & wanted:
+                for key in wanted.intersection(map(id, gc.get_referents(holder))):
                     self._holders.setdefault(key, []).append(id(holder))
         for key in keys:
             self._holders.setdefault(key, []).extend(parent for parent, _ in self._links.get(key, ()))
@@ -162,6 +166,10 @@ class OwnerSearch:
                     queue.append(holder)
         return _way_down(start if named is None else named, below, target), below
 
+    def _is_running(self, holder: Any) -> bool:
+        """Whether it is the coroutine or generator of a function that is running: its variables are known already."""
+        return type(holder) in _SUSPENDABLE and id(_frame_of(holder)) in self._running
+
     def _is_beginning(self, key: int) -> bool:
         return key in self._variables or key in self._globals or issubclass(type(self._met[key]), _BEGINNINGS)
 
@@ -183,7 +191,7 @@ class OwnerSearch:
             module = self._globals[key]
             return Owner("global", self._path(f"{module}.{_key_in(top, chain[1])}", chain[1:]), f"a global of {module}")
         if issubclass(type(top), type):
-            name = f"{_class_attribute(top, '__module__')}.{_class_name(top)}"
+            name = f"{_class_attribute(top, '__module__')}.{class_name(top)}"
             return Owner("class", self._path_from(name, chain), "an attribute of a class")
         if issubclass(type(top), types.ModuleType):
             return Owner("global", self._path_from("module", chain), "a global of a module that is not in sys.modules")
@@ -194,7 +202,7 @@ class OwnerSearch:
         if key in self._variables:
             name, place = self._variables[key][0]
             return Owner("local", self._path(name, chain), place)
-        place = "kept by megastow" if _is_ours(top) else f"nothing was found above the {_class_name(type(top))}"
+        place = "kept by megastow" if _is_ours(top) else f"nothing was found above the {class_name(type(top))}"
         return Owner("object", self._path("", chain), place)
 
     def _of_function(self, function: types.FunctionType, chain: Sequence[Any]) -> Owner:
@@ -211,6 +219,8 @@ class OwnerSearch:
     def _of_frame(self, owner: Any, chain: Sequence[Any]) -> Owner:
         """A local of a function that is not running: of a generator, or kept by the traceback of an exception."""
         frame = owner if type(owner) is types.FrameType else _frame_of(owner)
+        if type(chain[1]) is types.CellType and len(chain) > 2:  # of a variable that an inner function uses, too
+            chain = chain[1:]
         name = None if frame is None else _name_of(_variables_of(frame), chain[1])
         place = type(owner).__name__ if frame is None else _place_of(frame)
         return Owner("local", self._path(name or "?", chain[1:]), f"{place}, which is not running now")
@@ -229,7 +239,7 @@ class OwnerSearch:
                 text += f".{_key_in(attributes, held)}"
                 continue
             if type(holder) not in _CONTAINERS or not text:
-                text = f"{text} > {_class_name(type(holder))}" if text else _class_name(type(holder))
+                text = f"{text} > {class_name(type(holder))}" if text else class_name(type(holder))
             attributes = _own_dictionary(holder)
             if held is not attributes:
                 text += self._label(holder, held)
@@ -254,7 +264,8 @@ def _way_down(key: int, below: Mapping[int, int], target: int) -> list[int]:
 
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque, types.CellType)
-_WITH_FRAMES = (types.FrameType, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_SUSPENDABLE = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_WITH_FRAMES = (types.FrameType, *_SUSPENDABLE)
 _BEGINNINGS = (types.ModuleType, type, types.FunctionType, *_WITH_FRAMES)
 
 
@@ -264,7 +275,7 @@ _BEGINNINGS = (types.ModuleType, type, types.FunctionType, *_WITH_FRAMES)
 def _module_dictionaries() -> dict[int, str]:
     """The names of all modules, by the identity of their globals."""
     found: dict[int, str] = {}
-    for name, module in list(sys.modules.items()):
+    for name, module in _items(sys.modules):
         if issubclass(type(module), types.ModuleType):
             found.setdefault(id(_own_dictionary(module)), name)
     return found
@@ -284,32 +295,50 @@ def _look_at_running_functions() -> tuple[set[int], dict[int, list[tuple[str, st
     threads: list[types.FrameType | None] = list(sys._current_frames().values())
     while threads:
         frame = threads.pop()
+        handed: set[int] = set()  # frames that newer ones have in hand, as the callback of a tracer or profiler has
         while frame is not None:
             frames.add(id(frame))
             if not frame.f_code.co_filename.startswith(_PACKAGE):
                 place = _place_of(frame)
-                for name, key in [(name, id(value)) for name, value in _variables_of(frame)]:
+                found = _variables_of(frame, is_watched=id(frame) in handed)
+                handed.update(id(value) for _, value in found if type(value) is types.FrameType)
+                for name, key in [(name, id(value)) for name, value in found]:
                     variables.setdefault(key, []).append((name, place))
+                del found
             frame = frame.f_back
     return frames, variables
 
 
-def _variables_of(frame: types.FrameType) -> list[tuple[str, Any]]:
+def _variables_of(frame: types.FrameType, *, is_watched: bool = False) -> list[tuple[str, Any]]:
     """The local variables of a function; a module has none, for they are its globals.
 
     Before Python 3.13 asking makes the frame keep a dictionary of them, which would keep the values alive. It is
-    emptied, unless somebody else has it (`locals()` gives the same one) or a debugger, which writes it back.
+    emptied, unless somebody else has it (`locals()` gives the same one) or a tracer or profiler, which writes it back.
+    A dictionary that `locals()` has given earlier is brought up to date by it, as by any debugger.
+
+    Args:
+        frame: Of the function.
+        is_watched: Whether a tracer or a profiler has it in hand.
     """
     if frame.f_locals is frame.f_globals:
         return []
     variables = frame.f_locals
-    found = list(variables.items())
+    if issubclass(type(variables), dict):
+        found = _items(variables)
+    else:  # since Python 3.13; or what somebody has given to `exec`, whose methods are not ours to call
+        found = list(variables.items()) if type(variables) is _LOCALS else []
     is_snapshot = type(variables) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED
-    is_watched = frame.f_trace is not None or sys.gettrace() is not None
+    is_watched |= frame.f_trace is not None or sys.gettrace() is not None or sys.getprofile() is not None
     if is_snapshot and not is_watched and sys.getrefcount(variables) <= _REFERENCES_TO_A_SNAPSHOT:
         variables.clear()
     return found
 
+
+def _kind_of_locals() -> type:
+    return type(sys._getframe().f_locals)
+
+
+_LOCALS = _kind_of_locals()
 
 _REFERENCES_TO_A_SNAPSHOT = 3
 """The frame's, our variable's, and that of the call that counts them."""
@@ -340,7 +369,7 @@ def _place_in(container: Any, held: object) -> str | None:
     if kind is types.CellType:
         return ""
     if issubclass(kind, dict):
-        for key, value in list(dict.items(container)):
+        for key, value in _items(container):
             if value is held:
                 return f"[{_key_text(key)}]"
             if key is held:
@@ -354,15 +383,29 @@ def _place_in(container: Any, held: object) -> str | None:
 
 def _key_in(dictionary: dict[Any, Any], held: object) -> str:
     """The name by which a dictionary of attributes or globals has an object."""
-    key = next((key for key, value in list(dict.items(dictionary)) if value is held), None)
+    key = next((key for key, value in _items(dictionary) if value is held), None)
     return key if type(key) is str else "?"
 
 
 def _key_text(key: object) -> str:
-    return repr(key)[:_MOST_OF_A_KEY] if type(key) in (str, int, bool, type(None)) else f"<{_class_name(type(key))}>"
+    is_plain = type(key) in (str, bool, type(None)) or (type(key) is int and key.bit_length() <= _MOST_BITS_OF_A_KEY)
+    return repr(key)[:_MOST_OF_A_KEY] if is_plain else f"<{class_name(type(key))}>"
 
 
 _MOST_OF_A_KEY = 60
+_MOST_BITS_OF_A_KEY = 128
+
+
+def _items(dictionary: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """What is in a dictionary now, whatever its class says of that.
+
+    Neither of the two lists needs an allocation for an item, at which the collector could run finalizers that change
+    the dictionary meanwhile; it may in between.
+    """
+    while True:
+        keys, values = list(dict.keys(dictionary)), list(dict.values(dictionary))
+        if len(keys) == len(values):
+            return list(zip(keys, values, strict=True))
 
 
 def _name_of(named: Iterable[tuple[str, object]], held: object) -> str | None:
@@ -371,7 +414,7 @@ def _name_of(named: Iterable[tuple[str, object]], held: object) -> str | None:
 
 def _attributes_of(owner: Any) -> Iterator[tuple[str, Any]]:
     """What is in an object's dictionary and in its slots; of a class of C, in its members."""
-    yield from list(dict.items(_own_dictionary(owner) or {}))
+    yield from _items(_own_dictionary(owner) or {})
     for base in _bases(type(owner)):
         for name, member in list(_class_dictionary(base).items()):
             if type(member) is types.MemberDescriptorType:
@@ -414,6 +457,7 @@ def _class_attribute(cls: type, name: str) -> str:
     return found if type(found) is str else "builtins"
 
 
-def _class_name(cls: type) -> str:
+def class_name(cls: type) -> str:
+    """What a class is called, whatever its metaclass says."""
     name: str = type.__dict__["__qualname__"].__get__(cls)
     return name

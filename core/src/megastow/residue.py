@@ -13,15 +13,17 @@ import bisect
 import contextlib
 import dataclasses
 import gc
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megastow.device import Device
-from megastow.referrers import UNSEEN, Owner, OwnerSearch
+from megastow.forking import process_lock
+from megastow.referrers import MOST_SECONDS, UNSEEN, Owner, OwnerSearch, class_name
 from megastow.report import MemoryFigures, format_bytes
 from megastow.state import StateKind
 from megastow.storages import storage_id
@@ -76,7 +78,7 @@ class LeftStorage:
     def owners(self) -> tuple[Owner, ...]:
         """Who holds any of the tensors; what nothing in Python holds is only told if that is all."""
         found = tuple(dict.fromkeys(owner for tensor in self.tensors for owner in tensor.owners))
-        return tuple(owner for owner in found if owner is not UNSEEN) or found
+        return tuple(owner for owner in found if owner != UNSEEN) or found
 
     def __str__(self) -> str:
         views = f" and {len(self.tensors) - 1} more on it" if len(self.tensors) > 1 else ""
@@ -263,7 +265,8 @@ def measure(subject: Subject) -> int:
     One pass over the objects of the process (0.1 s for a million) and one over the allocator's blocks; does not
     synchronise.
     """
-    homes = _scan(subject).homes
+    with _alone():
+        homes = _scan(subject).homes
     tally = _tally(subject, homes, {})
     left = sum(home.nbytes for key, home in homes.items() if subject.is_left(key))
     return left + sum(tally.unseen) + sum(segment.idle_bytes for segment in tally.segments)
@@ -277,11 +280,12 @@ def explain(
     Takes a few garbage collections, and one pass over the objects of the process for each hop up to an owner: seconds,
     if it is large. See `referrers.MOST_SECONDS` for the limit.
     """
-    suspects = _garbage(subject, most_storages)
-    gc.collect()  # nothing of ours holds the garbage any more
-    scan = _scan(subject)
-    homes, left = scan.homes, _describe(subject, scan, scan.homes, most_storages)
-    del scan
+    with _alone():
+        suspects = _garbage(subject, most_storages)
+        gc.collect()  # nothing of ours holds the garbage any more
+        scan = _scan(subject)
+        homes, left = scan.homes, _describe(subject, scan, scan.homes, most_storages)
+        del scan
     tally = _tally(subject, homes, left)
     resident: Counter[StateKind] = Counter()
     for kind, home in subject.resident.values():
@@ -296,6 +300,23 @@ def explain(
         moments=moments,
         notes=tuple(_notes(subject.device, tally)),
     )
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One search at a time in the process: what one holds would be residue to another, and owned by megastow.
+
+    Not for ever: a collection runs finalizers, and one of them may wait for whoever waits here.
+    """
+    is_held = _LOOKING.acquire(timeout=2 * MOST_SECONDS)
+    try:
+        yield
+    finally:
+        if is_held:
+            _LOOKING.release()
+
+
+_LOOKING = process_lock()
 
 
 @dataclass
@@ -319,8 +340,7 @@ def _scan(subject: Subject) -> _Scan:
     """All tensors that Python has objects of, their gradients and bases, and storages that are kept as such."""
     device = subject.device
     scan = _Scan(homes=subject.known())
-    wanted = {id(cls) for cls in _with_subclasses(torch.Tensor, torch.UntypedStorage)}
-    things = [thing for thing in gc.get_objects() if id(type(thing)) in wanted]
+    things = _objects_of({id(cls) for cls in _with_subclasses(torch.Tensor, torch.UntypedStorage)})
     with torch._C.DisableTorchFunction():
         storages = [thing for thing in things if issubclass(type(thing), torch.UntypedStorage)]
         tensors = [thing for thing in things if not issubclass(type(thing), torch.UntypedStorage)]
@@ -336,6 +356,23 @@ def _scan(subject: Subject) -> _Scan:
     return scan
 
 
+def _objects_of(classes: Set[int]) -> list[Any]:
+    """All objects of some classes, given by identity.
+
+    Taken in one call of C code, after which nothing is left of the rest: while we had all of the heap in hand, no other
+    thread could go on that builds a tuple item by item. Python raises `SystemError` there if somebody else holds it.
+    """
+    return list(_among_all_objects(classes))
+
+
+def _among_all_objects(classes: Set[int]) -> Iterator[Any]:
+    """Asks for them when the first is wanted; `tee` does not come before that, or it would be among what it keeps."""
+    halves = itertools.chain.from_iterable(map(itertools.tee, map(gc.get_objects, (None,))))
+    objects = itertools.chain.from_iterable(itertools.islice(halves, 1))
+    kinds = itertools.chain.from_iterable(itertools.islice(halves, 1))
+    return itertools.compress(objects, map(classes.__contains__, map(id, map(type, kinds))))
+
+
 def _with_subclasses(*classes: type) -> Iterator[type]:
     for cls in classes:
         yield cls
@@ -344,8 +381,8 @@ def _with_subclasses(*classes: type) -> Iterator[type]:
 
 def _take(scan: _Scan, device: Device, thing: Any, storage: torch.UntypedStorage | None) -> None:
     scan.things[id(thing)] = thing
-    if storage is not None and device.is_home_of(storage) and storage.nbytes():
-        with contextlib.suppress(RuntimeError):  # it belongs to a wrapper around other tensors, and has no memory
+    with contextlib.suppress(Exception):  # it is of a wrapper around other tensors, without memory, or of an odd class
+        if storage is not None and device.is_home_of(storage) and storage.nbytes():
             scan.homes[storage_id(storage)] = Home.of(storage)
             scan.on.setdefault(storage_id(storage), []).append(id(thing))
 
@@ -416,14 +453,17 @@ def _worth_telling(tensors: Sequence[LeftTensor]) -> tuple[LeftTensor, ...]:
 
 
 def _described(thing: Any) -> LeftTensor:
-    name = type(thing).__qualname__
+    name = class_name(type(thing))
     if not issubclass(type(thing), torch.Tensor):
-        return LeftTensor(name, "uint8", (thing.nbytes(),))
+        return LeftTensor(name, "uint8", (torch.UntypedStorage.nbytes(thing),))
     with torch._C.DisableTorchFunction():
         return LeftTensor(name, str(_get("dtype", thing)).removeprefix("torch."), _shape_of(thing))
 
 
 def _shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):  # it may be its class that answers
+        storage = _storage_of(tensor)
+        return () if storage is None else (torch.UntypedStorage.nbytes(storage) // _get("itemsize", tensor),)
     try:
         return tuple(_get("shape", tensor))
     except RuntimeError:  # a nested tensor has none
@@ -434,10 +474,12 @@ def _collected() -> list[Any]:
     """Collect garbage, and return it instead of freeing it. Finalizers have run; dropped, it is garbage once more."""
     flags, known = gc.get_debug(), len(gc.garbage)
     try:
-        gc.set_debug(flags | gc.DEBUG_SAVEALL)
-        gc.collect()
+        try:
+            gc.set_debug(flags | gc.DEBUG_SAVEALL)
+            gc.collect()
+        finally:
+            gc.set_debug(flags)
     finally:
-        gc.set_debug(flags)
         found = gc.garbage[known:]
         del gc.garbage[known:]
     return found
@@ -501,7 +543,7 @@ def _tally(subject: Subject, homes: Mapping[int, Home], left: Mapping[int, LeftS
             used += sum(homes[key].nbytes for key in lying) if keys else block.nbytes
             held_by += [str(left[key]) for key in lying if key in left]
         if used or (segment.is_private and not is_meant_to_be):
-            idle = 0 if is_meant_to_be or segment.is_expandable else segment.nbytes - used
+            idle = 0 if is_meant_to_be or segment.is_expandable else max(0, segment.nbytes - used)
             found.append(OpenSegment(segment.nbytes, idle, segment.is_private, tuple(held_by)))
     return _Tally(tuple(sorted(unseen_sizes, reverse=True)), tuple(found))
 
