@@ -53,7 +53,7 @@ def test_one_function_is_enough_to_run_invariants_on_one_and_two_ranks(run, pyte
     (run_,) = json.loads(report)["runs"]
     assert (run_["row"], run_["adapter"], run_["evidence"]) == ("tiny", "tiny", "real")
     assert run_["versions"]["adapter"] == "1.5"
-    assert run_["tests"] == {"passed": 10, "skipped": 0, "failed": 0}
+    assert run_["tests"] == {"passed": 12, "skipped": 0, "failed": 0}
     assert run_["verdicts"] == [
         {
             "invariants": ["bitexact", "identity", "released", "grads"],

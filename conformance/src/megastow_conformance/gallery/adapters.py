@@ -110,13 +110,13 @@ class MovesHostState(MegatronBinding):
 
 @breaks("grads", scenario="toy_overlap_distopt")
 class DropsGradientsInFlight(MegatronBinding):
-    """Waits for nothing: gradients are released while a reduction still writes them.
+    """Does not wait for them: gradients are released while a reduction still writes them.
 
     Stands for an offload right after the backward pass of a run with overlapped reduction.
     """
 
     def quiesce(self, kinds: Sequence[StateKind], *, keep_grads: bool) -> None:
-        return None
+        super().quiesce([kind for kind in kinds if kind is not StateKind.GRAD_BUFFERS], keep_grads=keep_grads)
 
 
 @breaks("guard")
