@@ -1,5 +1,8 @@
 """Copies in chunks: every byte once, nothing beside it touched."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from core_toys import odd_floats, raw
@@ -8,6 +11,7 @@ from megastow import faults
 from megastow.device import CpuDevice, Direction
 from megastow.host import HostRegion
 from megastow.machine import PAGE_BYTES
+from megastow.staging import Staging
 from megastow.transport import HostSlice, Transport
 
 
@@ -31,3 +35,60 @@ def test_out_and_back(chunk_bytes, offset):
     with device.copying(Direction.IN):
         transport.copy_in(place, source.untyped_storage())
     assert torch.equal(raw(source), expected)
+
+
+# --- the threads behind buffers --------------------------------------------------------------------------------------
+
+
+def staging_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "megastow-staging"]
+
+
+def interrupted_at(line, call):
+    """Raise at an executed line of `staging.py`, by its number; says whether there were as many."""
+    left = [line]
+
+    def watch(_frame, event, _):
+        left[0] -= event == "line"
+        if left[0] < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return watch
+
+    outer = sys.gettrace()
+    sys.settrace(lambda frame, *_: watch if frame.f_code.co_filename.endswith("megastow/staging.py") else None)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+@pytest.mark.parametrize("interrupted", ["use", "close"])
+def test_threads_end_wherever_an_interruption_came(interrupted):
+    device = CpuDevice(torch.device("cpu"))
+    line, more = 0, True
+    while more:
+        before = set(staging_threads())
+        staging = Staging(device)
+        buffers = torch.empty(staging.nbytes, dtype=torch.uint8)
+        if interrupted == "close":
+            staging.use(buffers)
+        more = interrupted_at(line, (lambda s=staging, b=buffers: s.use(b)) if interrupted == "use" else staging.close)
+        staging.close()
+        staging.use(buffers)  # all of them work, whoever is left of those before
+        source, region = torch.arange(256, dtype=torch.uint8), HostRegion(PAGE_BYTES, device, lock=False)
+        with device.copying(Direction.OUT):
+            for _ in range(16):
+                staging.write(source, region, 0)
+        for future in staging.queued():
+            future.result(60)
+        assert torch.equal(region.bytes[:256], source)
+        staging.close()
+        for thread in set(staging_threads()) - before:  # started by an interrupted call that did not know it yet
+            thread.join(60)
+            assert not thread.is_alive(), f"line {line} of {interrupted}"
+        line += 1
+    assert line > 10

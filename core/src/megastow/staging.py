@@ -46,21 +46,16 @@ class Staging:
         self._device = device
         self.chunk_bytes = -(-min(chunk_bytes, _MOST_BUFFER_BYTES) // PAGE_BYTES) * PAGE_BYTES
         self.nbytes = self.chunk_bytes * _WORKERS
-        self._tasks: _Tasks = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._crew = _Crew()
         self._pending: list[Future[None]] = []
-        weakref.finalize(self, _dismiss, self._tasks, self._threads)
 
     def use(self, buffers: torch.Tensor) -> None:
         """Start the threads, to work through this memory: a page-aligned uint8 tensor of shape [nbytes]."""
+        self._crew = crew = _Crew()
+        weakref.finalize(self, crew.dismiss)
         try:
             for buffer in buffers.split(self.chunk_bytes):
-                # Not waited for before the finalizers run when the interpreter ends: moves in threads that are need it.
-                thread = threading.Thread(
-                    target=_work, args=(self._tasks, buffer), name="megastow-staging", daemon=True
-                )
-                thread.start()
-                self._threads.append(thread)
+                crew.hire(buffer)
         except BaseException:
             self.close()
             raise
@@ -102,10 +97,10 @@ class Staging:
     def close(self) -> None:
         """Wait for what is under way, and let go of threads and buffers. Calling it twice is fine."""
         self.settle()
-        _dismiss(self._tasks, self._threads)
+        self._crew.dismiss()
 
     def _queue(self, work: Callable[[torch.Tensor], None]) -> None:
-        if not self._threads:
+        if not self._crew.takes_work:
             raise RuntimeError(
                 "the threads that copy by way of buffers have ended, with their manager or the interpreter"
             )
@@ -117,11 +112,48 @@ class Staging:
 
         future: Future[None] = Future()
         self._pending.append(future)  # before it is queued: whatever interrupts us, `settle` knows of it
-        self._tasks.put((future, there))
+        self._crew.tasks.put((future, there))
+
+
+class _Crew:
+    """Threads that work through a queue of their own until it ends. Once dismissed it takes no more work.
+
+    However many of them there are, and whichever of them somebody knows (an interruption may have come while one was
+    started): each that comes to the end of the queue leaves the end there for the next.
+
+    Attributes:
+        tasks: what they are to do; None is the end.
+        takes_work: whether there is anybody to work, and for longer than what is queued.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: _Tasks = queue.SimpleQueue()
+        self.takes_work = False
+        self._threads: list[threading.Thread] = []  # those that were started, or were about to be
+
+    def hire(self, buffer: torch.Tensor) -> None:
+        """Start one more, with a buffer of its own."""
+        # Not waited for before the finalizers run when the interpreter ends: moves in threads that are need it.
+        thread = threading.Thread(target=_work, args=(self.tasks, buffer), name="megastow-staging", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        self.takes_work = True
+
+    def dismiss(self) -> None:
+        """Let threads end, and wait for that: one that is caught in torch by the end of the interpreter aborts it.
+
+        Doing it again is fine, also after an interruption.
+        """
+        self.takes_work = False
+        self.tasks.put(None)
+        for thread in self._threads:
+            # The last to have known the staging may be one of them, and one that was never started has no number.
+            if thread is not threading.current_thread() and thread.ident is not None:
+                thread.join()
+        self._threads.clear()
 
 
 _Tasks = queue.SimpleQueue["tuple[Future[None], Callable[[torch.Tensor], None]] | None"]
-"""What threads are to do; None ends one."""
 
 
 def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
@@ -142,17 +174,7 @@ def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
         elif begins:
             future.set_result(None)
         del error, future
-
-
-def _dismiss(tasks: _Tasks, threads: list[threading.Thread]) -> None:
-    """Let threads end, and wait for that: one that is caught in torch by the end of the interpreter aborts it."""
-    leaving = list(threads)
-    threads.clear()
-    for _ in leaving:
-        tasks.put(None)
-    for thread in leaving:
-        if thread is not threading.current_thread():  # which may be the last to have known the staging
-            thread.join()
+    tasks.put(None)
 
 
 class StagedArrival(Arrival):
