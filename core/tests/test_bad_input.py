@@ -25,6 +25,7 @@ from megastow import (
     create_trainer_memory_manager,
     host,
     machine,
+    swap,
 )
 
 
@@ -388,3 +389,83 @@ def test_a_refused_model_can_be_trained_on():
     for t in (trainer, twin):
         t.step()
     assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
+
+
+# --- arguments of calls ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"replicas": "no"}, {"derive_weights": None}, {"bucket_bytes": True}, {"group": 3}]
+)
+def test_what_a_manager_is_made_with(trainer, options):
+    (name,) = options
+    refuses(
+        InvalidTypeError,
+        f"{name} is a",
+        lambda: create_memory_manager(trainer.model, trainer.optimizer, **options),
+        trainer.tensors(),
+    )
+
+
+def test_a_folder_without_a_name(trainer):
+    refuses(
+        InvalidArgumentError,
+        "disk_folder is empty",
+        lambda: create_memory_manager(trainer.model, trainer.optimizer, host_memory="disk", disk_folder=""),
+        trainer.tensors(),
+    )
+
+
+WRONG_OPTIONS = [
+    ("offload", {"keep_grads": None}, InvalidTypeError),
+    ("offload", {"release_workspaces": "yes"}, InvalidTypeError),
+    ("offload", {"give_back": "no"}, InvalidTypeError),
+    ("offload", {"strict": 1}, InvalidTypeError),
+    ("offload", {"non_blocking": "x"}, InvalidTypeError),
+    ("offload", {"max_residue_bytes": True}, InvalidTypeError),
+    ("onload", {"non_blocking": None}, InvalidTypeError),
+    ("onload", {"unverified": "x"}, InvalidTypeError),
+    ("onload", {"wait_for_memory": None}, InvalidTypeError),
+    ("onload", {"wait_for_memory": "5"}, InvalidTypeError),
+    ("onload", {"wait_for_memory": -1}, InvalidArgumentError),
+    ("onload", {"wait_for_memory": float("nan")}, InvalidArgumentError),
+    ("onload", {"window_bytes": 1.5}, InvalidTypeError),
+    ("onload", {"window_bytes": -1}, InvalidArgumentError),
+    ("onload", {"beside": "x"}, InvalidTypeError),
+    ("plan", {"keep_grads": 1}, InvalidTypeError),
+    ("prepare", {"wait": 1}, InvalidTypeError),
+    ("explain_residue", {"most_storages": 1.5}, InvalidTypeError),
+    ("close", {"discard": "no"}, InvalidTypeError),
+]
+
+
+@pytest.mark.parametrize(("call", "options", "expected"), WRONG_OPTIONS)
+@pytest.mark.parametrize("is_away", [False, True])
+def test_options_of_the_wrong_sort(trainer, call, options, expected, is_away):
+    before = snapshot(trainer.tensors())
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    if is_away:
+        manager.offload(keep_grads=True)
+    where = [manager.residency(kind) for kind in KINDS]
+    (name,) = options
+    with pytest.raises(expected, match=f"{name} is .*; expected"):
+        getattr(manager, call)(**options)
+    assert [manager.residency(kind) for kind in KINDS] == where
+    manager.onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    works(manager, trainer.tensors())
+
+
+def test_the_result_in_place_of_the_function(trainer):
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    with pytest.raises(InvalidTypeError, match=r"model\.state_dict \(not model\.state_dict\(\)"):
+        manager.on_host(trainer.model.state_dict())
+
+
+def test_a_swap_needs_two(trainer):
+    manager, tensors = create_memory_manager(trainer.model, trainer.optimizer), trainer.tensors()
+    refuses(InvalidArgumentError, "the same memory manager", lambda: swap(manager, manager), tensors)
+    refuses(InvalidTypeError, "leaving is a str", lambda: swap("x", manager), tensors)
+    refuses(InvalidTypeError, "coming is a NoneType", lambda: swap(manager, None), tensors)
+    refuses(InvalidTypeError, "window_bytes is a float", lambda: swap(manager, manager, window_bytes=0.5), tensors)
+    works(manager, tensors)

@@ -1,13 +1,14 @@
 """Use of what is away raises, and nothing is left of the guard afterwards."""
 
 import copy
+import gc
 import io
 import pickle
 import weakref
 
 import pytest
 import torch
-from core_toys import KINDS, assert_same, raw, run_python, snapshot
+from core_toys import KINDS, Trainer, assert_same, raw, run_python, snapshot
 
 from megastow import OffloadedError, create_memory_manager
 from megastow.guard import Guard, GuardedCalls, call_table
@@ -363,3 +364,100 @@ def test_a_method_that_an_instance_only_passes_on_is_guarded_on_the_instance():
     guard.close()
     assert vars(owner).keys() == {"inner"}
     owner.forward(torch.ones(2))
+
+
+# --- who loses the manager -------------------------------------------------------------------------------------------
+
+
+def test_a_manager_that_nobody_holds_keeps_what_is_away(trainer):
+    before = snapshot(trainer.tensors())
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    manager.offload(keep_grads=True)
+    lost = weakref.ref(manager)
+    del manager
+    gc.collect()
+    with pytest.raises(OffloadedError):
+        trainer.model(TOKENS)
+    lost().onload()
+    assert_same(before, snapshot(trainer.tensors()))
+    assert lost() is None  # held by nothing any more, not even by a cycle
+
+
+def test_a_manager_goes_with_its_trainer():
+    trainer = Trainer()
+    trainer.step()
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    manager.offload()
+    gone = [weakref.ref(manager), weakref.ref(trainer.model)]
+    del manager, trainer
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+def test_what_was_discarded_is_said_to_be_lost(trainer):
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    manager.offload()
+    manager.close(discard=True)
+    gone = weakref.ref(manager)
+    del manager
+    gc.collect()
+    assert gone() is None
+    for use in (lambda: trainer.model(TOKENS), trainer.optimizer.step):
+        with pytest.raises(OffloadedError, match=r"is lost.*discard=True.*checkpoint"):
+            use()
+
+
+# --- what else looks at methods --------------------------------------------------------------------------------------
+
+
+def scheduler_of(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_takes_no_notice(trainer):
+    before = scheduler_of(trainer.optimizer)
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    trainer.step()
+    with manager.offloaded():
+        before.step()
+        meanwhile = scheduler_of(trainer.optimizer)
+        with pytest.raises(OffloadedError):
+            trainer.optimizer.step()
+    trainer.step()
+    meanwhile.step()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.01 / 4
+    with manager.offloaded("main_weights"), pytest.raises(OffloadedError):
+        trainer.optimizer.step()
+    trainer.step()
+
+
+def test_what_is_blocked_has_the_name_of_the_method_and_nothing_made_up(trainer):
+    with create_memory_manager(trainer.model, trainer.optimizer).offloaded():
+        step = trainer.optimizer.step
+        assert step.__name__ == step.__func__.__name__ == "step"
+        for name in ("__wrapped__", "__setstate__", "no_such_thing"):
+            assert not hasattr(step, name)
+        copy.copy(step)
+
+
+def test_a_model_is_compiled_as_one_graph():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+    manager = create_memory_manager(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.ones(2, 4)
+    compiled(tokens).sum().backward()
+    expected = compiled(tokens).detach()
+    refusals = OffloadedError, torch._dynamo.exc.Unsupported  # what stands in the way cannot be a part of a graph
+    with manager.offloaded(keep_grads=True), pytest.raises(refusals):
+        compiled(tokens)
+    assert torch.equal(compiled(tokens), expected)
+
+
+def test_reading_is_told_of_the_host(trainer):
+    with create_memory_manager(trainer.model, trainer.optimizer).offloaded():
+        with pytest.raises(OffloadedError, match=r"manager\.on_host"):
+            trainer.model.state_dict()
+        with pytest.raises(OffloadedError) as raised:
+            trainer.model(TOKENS)
+        assert "on_host" not in str(raised.value)

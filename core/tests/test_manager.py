@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 import random
+import re
 import threading
 import weakref
 
@@ -375,6 +376,21 @@ for use in (loss.backward, trainer.step, trainer.optimizer.step, trainer.model.s
         continue
     raise SystemExit(f"{use} went through")
 """)
+
+
+def test_what_a_manager_and_a_handle_show_of_themselves(trainer):
+    manager = make(trainer)
+    assert repr(manager).startswith("<MemoryManager of cpu: weights resident, ")
+    handle = manager.offload("weights", non_blocking=True)
+    handle.wait()
+    assert re.fullmatch(r"<TransferHandle: done, \S+ \w+ released>", repr(handle))
+    assert re.search(r"weights offloaded, .*; \S+ KiB on the host>", repr(manager))
+    with faults.inject("onload.chunk", RuntimeError):
+        failed = manager.onload(non_blocking=True)
+        manager.wait()
+    assert "failed with TransferError" in repr(failed)
+    manager.close()
+    assert repr(manager) == "<MemoryManager, closed>"
 
 
 # --- several managers, threads, modes --------------------------------------------------------------------------------

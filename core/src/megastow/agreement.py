@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +31,8 @@ from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
-from megastow.errors import AgreementError, InvalidArgumentError, InvalidTypeError, MegastowError, PeerError
+from megastow import arguments
+from megastow.errors import AgreementError, MegastowError, PeerError
 from megastow.state import StateKind
 from megastow.store import Store, StoreLine, store_of, wait_for
 
@@ -187,17 +187,14 @@ def agreement_of(group: dist.ProcessGroup | None, seconds: float) -> Agreement:
         InvalidArgumentError: the limit is not positive.
         PeerError: the store of the group does not answer.
     """
-    if not isinstance(seconds, (int, float)):
-        raise InvalidTypeError(f"agree_timeout is a {type(seconds).__qualname__}; expected a number of seconds")
-    if not 0 < seconds < math.inf:
-        raise InvalidArgumentError(f"agree_timeout is {seconds}; expected a positive number of seconds")
+    seconds = arguments.duration("agree_timeout", seconds, is_limit=True)
     if group is None:
         return Agreement()
-    if not isinstance(group, dist.ProcessGroup):
-        raise InvalidTypeError(
-            f"group is a {type(group).__qualname__}; expected a torch.distributed.ProcessGroup that "
-            "this process is in (torch.distributed.group.WORLD for all ranks), or None"
-        )
+    words = (
+        "a torch.distributed.ProcessGroup that this process is in (torch.distributed.group.WORLD for all ranks; "
+        "new_group returns a number to processes that are not in the new group), or None"
+    )
+    arguments.instance_of("group", group, dist.ProcessGroup, words)
     ranks = dist.get_process_group_ranks(group)
     return GroupAgreement(store_of(group), ranks, dist.get_rank(), seconds) if len(ranks) > 1 else Agreement()
 

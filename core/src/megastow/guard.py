@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import threading
 import weakref
@@ -67,9 +68,14 @@ class _Gate:
             Python and could be interrupted before they let go.
         changed: notified when either has changed.
         pid: the process of the guard. A fork has a copy of all this, in which nothing changes any more.
+        keeper: what has the bytes that are away, held by all that is blocked for as long as it is: who loses sight of
+            it must not lose them. None when nothing is away.
+        is_lost: whether nobody has the bytes any more.
     """
 
     def __init__(self) -> None:
+        self.keeper: object = None
+        self.is_lost = False
         self.away: set[StateKind] = set()
         self.arriving: Future[Any] | None = None
         self.pid = os.getpid()
@@ -110,6 +116,7 @@ class Guard:
         away: Set[StateKind],
         calls: Callable[[], Iterable[GuardedCalls]],
         arriving: Future[Any] | None = None,
+        keeper: object = None,
     ) -> None:
         """Block exactly those calls that need a kind that is away now; what interrupts it is made up for next time.
 
@@ -117,9 +124,11 @@ class Guard:
             away: the kinds that are not on the device.
             calls: lists what touches them.
             arriving: a move that brings some back just now; blocked calls wait for it before they refuse.
+            keeper: what has their bytes, and is kept alive by what is blocked.
         """
         with self._gate.lock:
             self._gate.arriving = arriving
+            self._gate.keeper = keeper if away else None
             try:
                 if not (self._is_settled and away == self._gate.away):
                     with _REPLACING:
@@ -164,6 +173,11 @@ class Guard:
     def watch_backward(self, modules: Iterable[torch.nn.Module]) -> None:
         """Check every backward pass that enters one of `modules` from its outputs, until `close`."""
         self._hooks += [module.register_forward_hook(_BackwardWatch(self._gate)) for module in modules]
+
+    def give_up(self) -> None:
+        """Let go of whoever has the bytes, which are lost: what is blocked stays so, and says that."""
+        self._gate.keeper = None
+        self._gate.is_lost = True
 
     def close(self) -> None:
         """Remove everything."""
@@ -272,6 +286,9 @@ def _union(one: _Blocks, other: _Blocks, gate: _Gate) -> _Blocks:
     return {**one, **other, **both}
 
 
+_OF_FUNCTIONS = ("__module__", "__name__", "__qualname__", "__doc__")
+"""Attributes of a function that what stands in its place has as well."""
+
 _NOTHING: frozenset[StateKind] = frozenset()
 _NOBODY: _Missing = {}
 
@@ -324,7 +341,31 @@ class Blocked:
         if not missing:  # all has arrived
             return self._original()(*args, **kwargs)
         what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
-        return _refuse(what, _NOTHING.union(*missing.values()), next(filter(None, errors), None))
+        kinds = _NOTHING.union(*missing.values())
+        cause = next(filter(None, errors), None)
+        is_lost = any(gate.is_lost for gate in missing)
+        return _refuse(what, kinds, cause, is_lost=is_lost, reads=self._method in READING_CALLS)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes that others keep on methods: so does a scheduler, which marks the `step` that it has wrapped."""
+        if name == "__func__":
+            return self._called_as_function
+        if name in self.__slots__ or (name[:2] == "__" and name not in _OF_FUNCTIONS):
+            raise AttributeError(f"what stands in front of a method while state is away has no {name}")
+        try:
+            return getattr(self._original(), name)
+        except ReferenceError as error:
+            raise AttributeError(str(error)) from error
+
+    @property
+    def _called_as_function(self) -> Callable[..., Any]:
+        """What a wrapper around the method calls with the instance first; blocked for as long as this is."""
+
+        @functools.wraps(self._original(), assigned=_OF_FUNCTIONS, updated=())
+        def function(_owner: object, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return function
 
     def _original(self) -> Callable[..., Any]:
         """What stands where this stood; looked up past a wrapper that somebody may have put around this meanwhile."""
@@ -351,6 +392,8 @@ class _BackwardWatch:
         self._gate = gate
 
     def __call__(self, _module: torch.nn.Module, _inputs: object, output: object) -> None:
+        if torch.compiler.is_compiling():  # a graph cannot contain it
+            return
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:  # on a leaf (a parameter that is an output too) the hook would stay for good
                 tensor.register_hook(self._on_gradient)
@@ -362,7 +405,7 @@ class _BackwardWatch:
         if self._gate.away & _BACKWARD_KINDS:
             error = self._gate.wait(_BACKWARD_KINDS)
             if missing := self._gate.away & _BACKWARD_KINDS:
-                _refuse("backward", missing, error)
+                _refuse("backward", missing, error, is_lost=self._gate.is_lost)
 
 
 _DEEPCOPY = "__deepcopy__"
@@ -412,13 +455,20 @@ _READABLE = {
 }
 
 
-def _refuse(what: str, missing: Collection[StateKind], cause: BaseException | None) -> NoReturn:
+def _refuse(
+    what: str, missing: Collection[StateKind], cause: BaseException | None, *, is_lost: bool, reads: bool = False
+) -> NoReturn:
     kinds = [k for k in StateKind if k in missing]
+    if is_lost:
+        raise OffloadedError(
+            f"{what} needs {', '.join(kinds)}, which was offloaded and is lost: its manager was closed with "
+            "discard=True. Make a new model, and load a checkpoint"
+        ) from cause
     arguments = ", ".join(repr(k.value) for k in kinds)
-    raise OffloadedError(
-        f"{what} needs {', '.join(kinds)}, which is offloaded. "
-        f"Call manager.onload({arguments}) first, or leave the `with manager.offloaded()` block"
-    ) from cause
+    advice = f"Call manager.onload({arguments}) first, or leave the `with manager.offloaded()` block"
+    if reads:
+        advice += "; to read it in host memory, give the function itself to manager.on_host"
+    raise OffloadedError(f"{what} needs {', '.join(kinds)}, which is offloaded. {advice}") from cause
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -26,6 +26,15 @@ class TransferHandle:
         self._released = released
         self._pid = os.getpid()
 
+    def __repr__(self) -> str:
+        """Whether the move is over, and how it ended."""
+        if not self._future.done():
+            how = "under way"
+        else:
+            error = self._future.exception()
+            how = "done" if error is None else f"failed with {type(error).__name__}"
+        return f"<TransferHandle: {how}, {format_bytes(self.released_bytes)} released>"
+
     def done(self) -> bool:
         """Whether the move is over, well or not. Does not wait."""
         return self._future.done()

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from megastow import machine
+from megastow import arguments, machine
 from megastow.adapter import BoundAdapter
 from megastow.agreement import (
     ALONE,
@@ -131,6 +131,7 @@ def create_memory_manager(
         UnsupportedLayoutError: the adapter knows that layout and cannot move it.
         StateChangedError: another manager has offloaded this model at present.
     """
+    arguments.flags(replicas=replicas)
     if replicas and group is None:
         group = _world()
     agreement = agreement_of(group, agree_timeout)
@@ -186,11 +187,9 @@ def _create(
     chunks: list[torch.nn.Module] = given
     if not chunks:
         raise InvalidArgumentError("model is an empty list; expected at least one module")
-    for name, value in (("bucket_bytes", bucket_bytes), ("chunk_bytes", chunk_bytes)):
-        if not isinstance(value, int):
-            raise InvalidTypeError(f"{name} is a {type(value).__qualname__}; expected a whole number of bytes")
-        if value <= 0:
-            raise InvalidArgumentError(f"{name} is {value}; expected a positive number of bytes")
+    arguments.whole_number("bucket_bytes", bucket_bytes, "bytes", least=1)
+    arguments.whole_number("chunk_bytes", chunk_bytes, "bytes", least=1)
+    arguments.flags(derive_weights=derive_weights)
     if verify not in ("none", "digest"):
         raise InvalidArgumentError(f"verify is {verify!r}; expected 'none' or 'digest'")
     folder = _disk_folder(host_memory, disk_folder)
@@ -236,6 +235,8 @@ def _disk_folder(host_memory: HostMemory, disk_folder: str | os.PathLike[str] | 
         raise InvalidArgumentError(f"host_memory is {host_memory!r}; expected one of {', '.join(HOST_MEMORY)}")
     if disk_folder is not None and not isinstance(disk_folder, (str, os.PathLike)):
         raise InvalidTypeError(f"disk_folder is a {type(disk_folder).__qualname__}; expected a path or None")
+    if disk_folder is not None and not os.fspath(disk_folder):
+        raise InvalidArgumentError("disk_folder is empty; expected the path of an existing folder, or None")
     folder = DiskFolder(disk_folder)
     if host_memory == "disk":
         folder.check()
@@ -267,8 +268,7 @@ def create_trainer_memory_manager(
     Raises:
         InvalidArgumentError: an argument disagrees with the trainer; and whatever `create_memory_manager` raises.
     """
-    if bucket_size_mb < 0:
-        raise InvalidArgumentError(f"bucket_size_mb is {bucket_size_mb}; expected 0 (the default) or a size in MiB")
+    arguments.whole_number("bucket_size_mb", bucket_size_mb, "MiB (0 for the default)")
     told = {
         "use_distributed_optimizer": use_distributed_optimizer,
         "accumulate_allreduce_grads_in_fp32": accumulate_allreduce_grads_in_fp32,
@@ -307,6 +307,9 @@ class MemoryManager:
     threads are served one after the other, and wait for a move in the background. A kind is resident, offloaded, or on
     its way (see `Residency`). While a kind is away, calls that would touch it raise `OffloadedError`; while it is on
     its way back, they wait for it.
+
+    Who loses a manager loses no state: while something is away, the model and the optimizer keep it alive. It takes the
+    manager to bring that back, so hold it for as long as the trainer.
 
     A manager serves the process that made it: in a forked child its calls raise `ForkedProcessError`, and what was away
     or on its way at the fork is away there for good.
@@ -363,6 +366,14 @@ class MemoryManager:
 
     # --- questions -----------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        """Where every kind is, and what it takes on the host."""
+        if self._closed or self._discarded:
+            return "<MemoryManager, closed>"
+        where = ", ".join(f"{kind} {self._engine.residency(kind)}" for kind in ALL_KINDS)
+        held = format_bytes(self._engine.host_bytes + self._engine.disk_bytes)
+        return f"<MemoryManager of {self._trainer.device}: {where}; {held} on the host>"
+
     @property
     def facts(self) -> Mapping[str, object]:
         """What the adapter found about the trainer."""
@@ -399,6 +410,7 @@ class MemoryManager:
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
+        arguments.flags(keep_grads=keep_grads)
         with self._exclusive():
             self._check_open()
             return self._engine.plan(self._trainer.inventory(), wanted, keep_grads=keep_grads)
@@ -418,12 +430,11 @@ class MemoryManager:
             most_storages: for how many storages owners are looked for, the largest ones.
 
         Raises:
-            InvalidArgumentError: `most_storages` is negative.
+            InvalidTypeError, InvalidArgumentError: `most_storages` is not a number of storages.
             UnsupportedLayoutError: state was found that cannot be moved.
             ManagerClosedError: the manager is closed.
         """
-        if most_storages < 0:
-            raise InvalidArgumentError(f"most_storages is {most_storages}; expected how many to look into")
+        arguments.whole_number("most_storages", most_storages, "storages to look into")
         with self._exclusive():
             self._check_open()
             return explain(self._subject(), self._moments, most_storages=most_storages)
@@ -503,8 +514,15 @@ class MemoryManager:
         Raises:
             OffloadedError: the function would have written to what is offloaded, or called what does more than read.
             NotOnHostError: it read gradients that were not kept.
+            InvalidTypeError: `function` cannot be called: the state dict itself was given, perhaps.
             ManagerClosedError: the manager is closed.
         """
+        if not callable(function):
+            raise InvalidTypeError(
+                f"function is a {type(function).__qualname__}; expected what can be called without arguments, such as "
+                "model.state_dict (not model.state_dict(), which is called before)"
+            )
+        arguments.flags(clone=clone)
         with self._exclusive():
             self._check_open()
             before, self._reading = self._reading, True
@@ -578,9 +596,16 @@ class MemoryManager:
             ResidueError: strict, and too much would stay; everything is on the device as it was, gradients included.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
-            InvalidTypeError, InvalidArgumentError: no such kind, or `max_residue_bytes` is no number of bytes.
+            InvalidTypeError, InvalidArgumentError: no such kind, or an argument is not what it should be.
         """
         wanted = parse_kinds(kinds)
+        arguments.flags(
+            keep_grads=keep_grads,
+            release_workspaces=release_workspaces,
+            give_back=give_back,
+            strict=strict,
+            non_blocking=non_blocking,
+        )
         inspect = self._inspection(strict, max_residue_bytes)
 
         def act(move: _Move) -> None:
@@ -670,8 +695,16 @@ class MemoryManager:
             AgreementError: with `group`, ranks made different calls; nothing was moved.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
+            InvalidTypeError, InvalidArgumentError: no such kind, or an argument is not what it should be.
         """
         wanted = parse_kinds(kinds)
+        arguments.flags(unverified=unverified, non_blocking=non_blocking)
+        arguments.duration("wait_for_memory", wait_for_memory)
+        arguments.whole_number("window_bytes", window_bytes, "bytes")
+        if beside is not None:
+            arguments.instance_of(
+                "beside", beside, TransferHandle, "what offload(non_blocking=True) of another manager has returned"
+            )
 
         def act(move: _Move) -> None:
             permit = None
@@ -704,6 +737,7 @@ class MemoryManager:
         self,
         *kinds: KindLike,
         keep_grads: bool = False,
+        release_workspaces: bool = False,
         strict: bool = False,
         max_residue_bytes: int | None = None,
     ) -> Iterator[TransferReport]:
@@ -717,7 +751,13 @@ class MemoryManager:
         Yields:
             The report of the offload.
         """
-        report = self.offload(*kinds, keep_grads=keep_grads, strict=strict, max_residue_bytes=max_residue_bytes)
+        report = self.offload(
+            *kinds,
+            keep_grads=keep_grads,
+            release_workspaces=release_workspaces,
+            strict=strict,
+            max_residue_bytes=max_residue_bytes,
+        )
         try:
             yield report
         finally:
@@ -746,6 +786,7 @@ class MemoryManager:
             ManagerClosedError: the manager is closed.
         """
         wanted = parse_kinds(kinds)
+        arguments.flags(wait=wait)
         is_inside = self._is_inside
         with self._exclusive():
             self._check_open()
@@ -791,6 +832,7 @@ class MemoryManager:
             CorruptionError: as from `onload`; the manager stays open.
             PeerError, AgreementError: with replicas, other ranks did not do the same; the manager stays open.
         """
+        arguments.flags(discard=discard)
         is_inside = self._is_inside
         with self._exclusive():
             if self._closed:
@@ -800,7 +842,9 @@ class MemoryManager:
                 raise _called_inside()
             self._finish_preparing()
             self._discarded |= discard
-            if not self._discarded:
+            if self._discarded:
+                self._guard.give_up()
+            else:
                 away = any(self._engine.is_away(kind) for kind in ALL_KINDS)
                 self._closing = True
                 try:
@@ -992,7 +1036,7 @@ class MemoryManager:
 
     def _guard_what_is_away(self, arriving: Future[TransferReport] | None = None) -> None:
         away = frozenset(k for k in ALL_KINDS if self._engine.residency(k) is not Residency.RESIDENT)
-        self._guard.update(away, self._trainer.guarded_calls, arriving)
+        self._guard.update(away, self._trainer.guarded_calls, arriving, keeper=self)
 
     def _release_workspaces(self) -> str:
         """Drop what is kept on the device for reuse; a note for the report."""
@@ -1034,10 +1078,7 @@ class MemoryManager:
         if max_residue_bytes is None and not strict:
             return None
         most = DEFAULT_RESIDUE_BYTES if max_residue_bytes is None else max_residue_bytes
-        if not isinstance(most, int):
-            raise InvalidTypeError(f"max_residue_bytes is a {type(most).__qualname__}; expected a number of bytes")
-        if most < 0:
-            raise InvalidArgumentError(f"max_residue_bytes is {most}; expected a number of bytes that may stay")
+        arguments.whole_number("max_residue_bytes", most, "bytes that may stay")
 
         def inspect(leaving: Sequence[torch.UntypedStorage]) -> None:
             subject = self._subject(leaving)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 
+from megastow import arguments
+from megastow.errors import InvalidArgumentError
 from megastow.handle import DEFAULT_WINDOW_BYTES
 from megastow.manager import MemoryManager
 from megastow.report import TransferReport
@@ -31,9 +33,15 @@ def swap(
         The reports of the offload and of the onload.
 
     Raises:
+        InvalidTypeError, InvalidArgumentError: these are not two managers, or `window_bytes` is not a number of bytes.
         MegastowError: what the first of the two failed with. What could not be undone either is logged, and nothing is
             lost: ask `residency`, and offload or onload again.
     """
+    for name, manager in (("leaving", leaving), ("coming", coming)):
+        arguments.instance_of(name, manager, MemoryManager, "a memory manager")
+    arguments.whole_number("window_bytes", window_bytes, "bytes")
+    if leaving is coming:
+        raise InvalidArgumentError("leaving and coming are the same memory manager; expected two of one device")
     for manager in (leaving, coming):
         manager.wait()
     leaves = _kinds(leaving, Residency.RESIDENT)
