@@ -391,6 +391,20 @@ def test_a_refused_model_can_be_trained_on():
     assert_same(snapshot(twin.tensors()), snapshot(trainer.tensors()))
 
 
+def test_graphs_over_the_addresses_of_a_plain_module(trainer):
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    works(manager, trainer.tensors())
+
+    def replay(tokens):
+        raise AssertionError("not called")
+
+    replay.__qualname__ = "make_graphed_callables.<locals>.new_fwd"  # capturing needs a GPU
+    trainer.model.layers[1].forward = replay
+    refuses(UnsupportedLayoutError, r"forward of module layers\.1 hold CUDA graphs", manager.offload, trainer.tensors())
+    del trainer.model.layers[1].forward
+    works(manager, trainer.tensors())
+
+
 # --- arguments of calls ----------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,9 @@ def test_graphs_are_found_under_a_name_that_held_none_in_the_module_before():
     idle, used = SimpleNamespace(cudagraph_runners=[]), SimpleNamespace(cudagraph_runners=[object()])
     assert found(module(cuda_graphs=[]), module(cudagraph_manager=idle)) == []
     assert found(module(cuda_graphs=[]), module(cuda_graphs=[1])) == ["cuda_graphs of module 1"]
+    wrapped, graphed = lambda: None, lambda: None
+    graphed.__qualname__ = "make_graphed_callables.<locals>.make_graphed_forward.<locals>.new_fwd"  # as torch names it
+    assert found(module(forward=wrapped), module(forward=graphed)) == ["forward of module 1"]
     assert found(module(cudagraph_manager=idle), module(cudagraph_manager=used)) == ["cudagraph_manager of module 1"]
     registered = torch.nn.Module()
     registered.cudagraph_runners = [object()]

@@ -167,9 +167,10 @@ def add_main_weights(
 
 
 def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, prefix: str = "") -> None:
-    """Everything that a torch optimizer keeps: per parameter, and in its parameter groups (a capturable `lr`).
+    """Everything that a torch optimizer keeps: per parameter, and in its parameter groups.
 
-    `step` counters that torch keeps on the host are bookkeeping, not device state, also where the device is the CPU.
+    Left out is bookkeeping: `step` counters that torch keeps on the host, also where the device is the CPU; and numbers
+    in parameter groups, such as the `lr` of a capturable optimizer, which schedulers and loggers read at any time.
     """
     for index, state in enumerate(list(optimizer.state.values())):
         name = f"{prefix}state[{index}]"
@@ -177,7 +178,7 @@ def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, p
             if key != "step" or not _is_on_host(value):
                 _add_nested(group, _entry(name, key), value)
     for number, param_group in enumerate(optimizer.param_groups):
-        others = {key: value for key, value in param_group.items() if key != "params"}
+        others = {key: value for key, value in param_group.items() if key != "params" and not _is_number(value)}
         _add_nested(group, f"{prefix}param_groups[{number}]", others)
 
 
@@ -190,6 +191,10 @@ def add_grads(group: TensorGroup, named: Iterable[tuple[str, torch.Tensor]]) -> 
 
 def _has_bytes(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
 def _is_on_host(value: object) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from megastow import collect
 from megastow.guard import CallTable, GuardedCalls, call_table, module_calls
+from megastow.megatron_layouts import captured_modules, refuse
 from megastow.megatron_parts import (
     ReplicaGroups,
     add_dispatchers,
@@ -57,6 +58,7 @@ class MegatronBinding:
         Raises:
             UnsupportedLayoutError: there is one.
         """
+        refuse(captured_modules(modules))
 
     def add_buffers(self, inventory: Inventory) -> None:
         """List the flat buffers of the chunks, and whatever lies on their storages."""

@@ -55,7 +55,7 @@ def captured_modules(modules: NamedModules) -> Iterator[str]:
     """Modules that CUDA graphs were captured for, over the addresses of weights and gradients.
 
     Mirrors megatron/core/transformer/transformer_block.py (`cuda_graphs`, 0.7 and later) and cuda_graphs.py (managers,
-    0.9 and later).
+    0.9 and later); and torch/cuda/graphs.py, whose `make_graphed_callables` puts a function in the place of `forward`.
     """
     others: set[str] = set()
     for path, module in modules:
@@ -64,7 +64,7 @@ def captured_modules(modules: NamedModules) -> Iterator[str]:
             yield (
                 f"{graphs} of module {path or type(module).__name__} hold CUDA graphs, which were captured over the "
                 "addresses of weights and gradients; releasing those would make a replay write into foreign memory. "
-                "Train without CUDA graphs (cuda_graph_impl none, enable_cuda_graph off)"
+                "Train without CUDA graphs (cuda_graph_impl none, enable_cuda_graph off, no make_graphed_callables)"
             )
 
 
@@ -85,6 +85,8 @@ def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
                 has_captured = any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
             elif name == "cuda_graphs":
                 has_captured = bool(value)
+            elif name == "forward":
+                has_captured = getattr(value, "__qualname__", "").startswith("make_graphed_callables.")
             else:
                 others.add(name)
                 continue

@@ -17,8 +17,7 @@ import torch
 
 from megastow import collect
 from megastow.errors import TransferError
-from megastow.guard import COPY_METHODS, GuardedCalls, call_table
-from megastow.plain import TORCH_OPTIMIZER_CALLS
+from megastow.guard import COPY_METHODS, TORCH_OPTIMIZER_CALLS, GuardedCalls, call_table
 from megastow.state import ALL_KINDS, Inventory, Ranks, StateKind, Workspace
 
 _W, _M, _S, _G = StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS, StateKind.OPTIMIZER_STATES, StateKind.GRAD_BUFFERS

@@ -8,9 +8,10 @@ import torch
 
 from megastow import collect
 from megastow.errors import UnsupportedLayoutError
-from megastow.guard import COPY_METHODS, GuardedCalls, call_table, module_calls
+from megastow.guard import TORCH_OPTIMIZER_CALLS, GuardedCalls, module_calls
 from megastow.megatron import MegatronInfo
-from megastow.state import ALL_KINDS, Inventory, Ranks, StateKind, Workspace
+from megastow.megatron_layouts import captured_modules, refuse
+from megastow.state import Inventory, Ranks, StateKind, Workspace
 
 _SHARDING_WRAPPERS = {"FullyShardedDataParallel", "FSDPModule"}
 
@@ -101,9 +102,13 @@ class PlainBinding:
         """Parameters, buffers, optimizer state and gradients.
 
         Nothing tells over which ranks they are replicated, so all are taken for such: it is checked.
+
+        Raises:
+            UnsupportedLayoutError: CUDA graphs were captured over them.
         """
         inventory = Inventory(self._device)
         modules = collect.named_modules(self._model)
+        refuse(captured_modules(modules))
         replicas = all_ranks()
         collect.add_modules(inventory, modules, lambda parameter: replicas)
         parameters: list[tuple[str, torch.Tensor]] = list(modules.parameters)
@@ -134,11 +139,3 @@ class PlainBinding:
     def entrances(self) -> Sequence[torch.nn.Module]:
         """The modules themselves."""
         return self._model
-
-
-TORCH_OPTIMIZER_CALLS = call_table(
-    (ALL_KINDS, f"step {' '.join(COPY_METHODS)}"),
-    ((StateKind.GRAD_BUFFERS,), "zero_grad"),
-    ((StateKind.OPTIMIZER_STATES,), "state_dict load_state_dict"),
-)
-"""What the methods of `torch.optim.Optimizer` read or write."""

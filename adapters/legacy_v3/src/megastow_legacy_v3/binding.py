@@ -21,7 +21,7 @@ from megastow.derived import DerivableBuffer
 from megastow.guard import GuardedCalls, call_table
 from megastow.megatron_binding import MegatronBinding
 from megastow.megatron_derived import derivable_buffers
-from megastow.megatron_layouts import captured_modules, quantized_parameters, refuse
+from megastow.megatron_layouts import quantized_parameters, refuse
 from megastow.megatron_parts import ReplicaGroups, launched_by_buckets, leaves, ranks_of, wait_until_idle
 from megastow.state import Inventory, StateKind
 
@@ -63,7 +63,7 @@ class LegacyV3Binding(MegatronBinding):
 
     def refuse_unsupported(self, modules: collect.NamedModules) -> None:
         """CUDA graphs and quantised parameters."""
-        refuse(captured_modules(modules))
+        super().refuse_unsupported(modules)
         refuse(quantized_parameters(modules))
 
     def add_buffers(self, inventory: Inventory) -> None:
