@@ -5,6 +5,7 @@ import torch
 from core_toys import Tensors, assert_same, device_bytes, junk, raw, snapshot
 
 from megastow import engine, faults
+from megastow.agreement import Ballot
 from megastow.device import CpuDevice
 from megastow.engine import Engine, RegionKey
 from megastow.errors import TransferError
@@ -237,3 +238,26 @@ def test_passing_tensors_have_host_memory_of_their_own():
         rig.engine.onload([W])
         assert_same(before, snapshot(tensors))
     assert len(addresses) == 1, "the memory of lasting state was locked anew because of what passes"
+
+
+def test_what_all_ranks_have_confirmed_stays_when_an_interruption_comes_before_it_is_told():
+    class Interrupted(Ballot):
+        confirmed = ()
+
+        def confirm(self, kind=None):
+            self.confirmed = (kind,)
+            raise KeyboardInterrupt
+
+        def has_confirmed(self, kind):
+            return kind in self.confirmed
+
+    rig = Rig(weights=[torch.randn(8)], main_weights=[torch.randn(8)])
+    before = snapshot(rig.all)
+    rig.offload(W, M)
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        rig.engine.onload([W, M], arrived=told.append, ballot=Interrupted())
+    assert (rig.engine.residency(W), rig.engine.residency(M)) == (Residency.RESIDENT, Residency.OFFLOADED)
+    assert torch.equal(raw(rig.tensors[W][0]), before["weights0"])
+    rig.engine.onload([M])
+    assert_same(before, snapshot(rig.all))

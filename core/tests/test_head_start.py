@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from core_toys import Trainer, assert_same, raw, snapshot
-from test_engine import Counting, M, W
+from test_engine import Counting, G, M, W
 from test_engine import Rig as EngineRig
 
 from megastow import CorruptionError, StateChangedError, TransferError, create_memory_manager, engine, faults
@@ -236,3 +236,16 @@ def test_a_digest_of_a_copy_that_was_begun_early_is_the_one_that_counts():
     cycled(rig, W)
     with pytest.raises(AssertionError):
         assert_same(before, snapshot(rig.all))  # the damage has stayed
+
+
+def test_gradients_that_were_kept_once_are_not_begun_with_when_they_are_not_kept(copies):
+    rig = Rig(weights=[torch.randn(1 << 8)], grad_buffers=[torch.randn(1 << 7)])
+    rig.offload(W, G, keep_grads=True)
+    rig.engine.onload([W, G])
+    copies.clear()
+    rig.offload(W, G)
+    rig.engine.onload([W, G])
+    assert copies == [1 << 10]
+    rig.offload(W, G, keep_grads=True)
+    rig.engine.onload([W, G])
+    assert copies == [1 << 10, 1 << 10, 1 << 9]

@@ -132,6 +132,13 @@ class Ballot:
             PeerError: one has; undo the call, as it does.
         """
 
+    def has_confirmed(self, kind: StateKind) -> bool:
+        """Whether all ranks have confirmed a kind of a call that lets kinds through one by one: none of them undoes it.
+
+        Does not wait, and tells nobody anything.
+        """
+        return False
+
     def withdraw(self, error: BaseException) -> bool:
         """Tell the others that the call failed here. Asking again is fine.
 
@@ -298,6 +305,9 @@ class _GroupBallot(Ballot):
         if decision is not None:
             self._follow(*decision)
             raise decision[0].error(self._call.what)
+
+    def has_confirmed(self, kind: StateKind) -> bool:
+        return kind in self._call.points and kind not in [point for _, point in self._left]
 
     def withdraw(self, error: BaseException) -> bool:
         while self._left and not self._is_void:

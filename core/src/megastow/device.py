@@ -182,7 +182,7 @@ class Device(ABC):
 
     @abstractmethod
     def confirm(self) -> None:
-        """Wait until all that was queued within `copying` and `beside` is done."""
+        """Wait until all that was queued within `copying` and `beside` is done, or has failed, which is raised."""
 
     @abstractmethod
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -393,7 +393,11 @@ class CudaDevice(Device):
 
     @functools.cached_property
     def frees_beside_copies(self) -> bool:
-        """With `expandable_segments`, where pages are mapped; `cudaFree` waits for all that is in flight."""
+        """With `expandable_segments`, where pages are mapped; `cudaFree` waits for all that is in flight.
+
+        Asked once, since the answer takes milliseconds. Jobs switch that while they run, so nothing but speed may
+        depend on it.
+        """
         if torch.cuda.get_allocator_backend() != "native":
             return False
         settings = torch.cuda.memory._snapshot().get("allocator_settings", {})
@@ -443,8 +447,14 @@ class CudaDevice(Device):
                 return [int(value) for value in values]
 
     def confirm(self) -> None:
+        errors = []
         for stream in (*self._streams.values(), self._beside):
-            stream.synchronize()
+            try:
+                stream.synchronize()
+            except RuntimeError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
         stream = torch.cuda.current_stream(self.torch_device)
@@ -474,7 +484,8 @@ class CudaDevice(Device):
             )
 
     def unlock_pages(self, address: int) -> None:
-        code = int(torch.cuda.cudart().cudaHostUnregister(address))
+        with torch.cuda.device(self.torch_device):  # a thread that has none would begin with the first of the machine
+            code = int(torch.cuda.cudart().cudaHostUnregister(address))
         if code:
             self._forget_error()
             logger.warning("unlocking host memory at %#x failed with CUDA error %d", address, code)

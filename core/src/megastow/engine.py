@@ -423,7 +423,7 @@ class Engine:
 
         with (
             self._during("offload", [*moving, *unfinished], Residency.OFFLOADING),
-            self._head_start(moving, clock) as begun,
+            self._head_start(moving, keep_grads, clock) as begun,
         ):
             records = self._pack(inventory, moving, keep_grads, prove)
             plans = self._plan(records, moving, keep_grads, clock, proofs)
@@ -494,8 +494,8 @@ class Engine:
             try:
                 self._refill(entries, clock, permit, None if arrived is None else tell, unverified, ballot)
             except BaseException as error:
-                if not ballot.withdraw(error):
-                    self._forget(moving)
+                is_confirmed = not ballot.withdraw(error)
+                self._forget([kind for kind in moving if is_confirmed or ballot.has_confirmed(kind)])
                 raise
             self._forget(moving)
             for kind in moving:
@@ -547,7 +547,9 @@ class Engine:
             self.settle()
 
     @contextlib.contextmanager
-    def _head_start(self, kinds: Sequence[StateKind], clock: _KindClock) -> Iterator[Mapping[int, Begun]]:
+    def _head_start(
+        self, kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock
+    ) -> Iterator[Mapping[int, Begun]]:
         """Begin with the copies of the last offload, while it is found out what this one has to copy.
 
         Synchronises with the device first: what is copied from there on must not change any more.
@@ -557,18 +559,19 @@ class Engine:
         """
         self._device.synchronize()
         try:
-            yield self._begin_as_last_time(kinds, clock)
+            yield self._begin_as_last_time(kinds, keep_grads, clock)
         except BaseException:
             self._transport.settle()
             raise
         finally:
             self._claimed = set()
 
-    def _begin_as_last_time(self, kinds: Sequence[StateKind], clock: _KindClock) -> dict[int, Begun]:
+    def _begin_as_last_time(self, kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock) -> dict[int, Begun]:
         """Queue the copies of the last offload, of storages that no other manager moves; holds none of them after."""
         with _CLAIMING:
             taken = self._taken_by_others()
-            places = self._last_places.recall(kinds, self._arena.is_ready)
+            again = [kind for kind in kinds if keep_grads or kind is not StateKind.GRAD_BUFFERS]
+            places = self._last_places.recall(again, self._arena.is_ready)
             reading = [
                 Parked(storage, storage.nbytes(), kind, (), host, () if host.share is None else host.share.ranks)
                 for kind, storage, host in places
@@ -690,13 +693,14 @@ class Engine:
         clock, ballot = asked.clock, asked.ballot
         returns = asked.give_back and self._device.frees_beside_copies
         before = returned = self.released_bytes
-        if returns:
-            planned = {storage_id(p.storage): p.host for entries in plans.values() for p in entries}
-            for key, copy in begun.items():
-                if copy.host != planned.get(key):  # in vain: its owner may be gone, and its memory go back under it
-                    copy.arrival.wait()
-                    if copy.digest is not None:
-                        copy.digest.computed.wait()
+        planned = {storage_id(p.storage): p.host for entries in plans.values() for p in entries}
+        for key, copy in begun.items():
+            # In vain: its owner may be gone, and with expandable segments its memory go back to the driver under it,
+            # also when another thread finds none and torch gives some back for that.
+            if copy.host != planned.get(key):
+                copy.arrival.wait()
+                if copy.digest is not None:
+                    copy.digest.computed.wait()
         self._claim(plans)
         gone = {id(p) for entries in plans.values() for p in entries if p.released}
         try:
@@ -919,7 +923,7 @@ class Engine:
             self._settle()
             is_confirmed = not ballot.withdraw(error)
             for parked in taken:
-                if is_confirmed:
+                if is_confirmed or ballot.has_confirmed(parked.kind):
                     parked.released = False
                 elif parked.released:
                     parked.storage.resize_(0)

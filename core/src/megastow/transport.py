@@ -164,7 +164,7 @@ class Transport:
         self._staging.settle()
         self._gathering.settle()
         self._gathering = NOTHING_TO_GATHER
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(RuntimeError):  # of the device; nothing that a signal's handler raises
             self._device.confirm()
 
     def _chunks(self, host: HostSlice, run: Run) -> Iterator[tuple[int, int, int]]:
