@@ -16,6 +16,7 @@ from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, raw, run
 
 from megastow import (
     DeviceMemoryError,
+    HostMemoryError,
     OffloadedError,
     Residency,
     StateChangedError,
@@ -639,3 +640,115 @@ def test_zeroing_gradients_of_a_module_needs_them(trainer, manager):
     with manager.offloaded("grad_buffers"), pytest.raises(OffloadedError, match="zero_grad of Net needs grad_buffers"):
         trainer.model.zero_grad(set_to_none=False)
     trainer.model.zero_grad(set_to_none=False)
+
+
+# --- finalizers, which the collector runs in any thread --------------------------------------------------------------
+
+LAST_WORDS = """
+import gc, threading
+import torch
+from core_toys import KEPT, Trainer, assert_same, snapshot
+from megastow import MegastowError, create_memory_manager, faults
+
+class LastWords:
+    def __init__(self, act):
+        self.act, self.me = act, self
+    def __del__(self):
+        try:
+            self.act()
+        except MegastowError as error:
+            print("refused:", type(error).__name__, "in", threading.current_thread().name)
+
+trainer = Trainer()
+trainer.step()
+before = snapshot(trainer.tensors(KEPT))
+"""
+
+
+@pytest.mark.parametrize(
+    ("tier", "point", "act", "expected"),
+    [
+        ("pinned", "onload.chunk", "trainer.model.state_dict", "OffloadedError in megastow-onload"),
+        ("pinned", "onload.chunk", "manager.onload", "TransferError in megastow-onload"),
+        ("pinned", "onload.chunk", "lambda: handles[0].wait()", "TransferError in megastow-onload"),
+        ("pageable", "onload.copied", "manager.plan", "TransferError in megastow-staging"),
+        ("disk", "onload.copied", "manager.offload", "TransferError in megastow-staging"),
+        ("disk", "onload.copied", "manager.close", "TransferError in megastow-staging"),
+    ],
+)
+def test_a_finalizer_in_a_thread_of_a_move_is_refused_and_not_waited_for(tier, point, act, expected, disk_folder):
+    printed = run_python(f"""{LAST_WORDS}
+manager = create_memory_manager(trainer.model, trainer.optimizer, host_memory={tier!r}, disk_folder={disk_folder!r})
+manager.offload()
+handles, go_on = [], threading.Event()
+def collect(*_):
+    go_on.wait()
+    gc.collect()
+with faults.meddle({point!r}, collect):
+    LastWords({act})
+    handles.append(manager.onload(non_blocking=True))
+    go_on.set()
+    handles[0].wait({SECONDS})
+assert_same(before, snapshot(trainer.tensors(KEPT)))
+manager.close()
+""")
+    assert printed.splitlines() == [f"refused: {expected}"]
+
+
+def test_a_finalizer_in_the_thread_of_a_preparation_is_refused():
+    printed = run_python(f"""{LAST_WORDS}
+manager = create_memory_manager(trainer.model, trainer.optimizer)
+LastWords(manager.plan)
+go_on = threading.Event()
+def collect(*_):
+    go_on.wait({SECONDS})
+    gc.collect()
+with faults.meddle("host.allocate", collect):
+    manager.prepare()
+    threading.Timer(0.3, go_on.set).start()
+    manager.offload()
+manager.onload()
+assert_same(before, snapshot(trainer.tensors(KEPT)))
+""")
+    assert printed.splitlines() == ["refused: TransferError in megastow-prepare"]
+
+
+def test_errors_that_lead_to_each_other_in_a_circle_end_a_move(trainer, manager, monkeypatch):
+    def circle(*_, **__):
+        one, other = RuntimeError("one"), RuntimeError("other")
+        one.__cause__, other.__context__ = other, one
+        raise one
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager._trainer, "quiesce", circle)
+        with pytest.raises(RuntimeError, match="one"):
+            manager.offload(non_blocking=True).wait(SECONDS)
+    manager.offload(non_blocking=True).wait(SECONDS)
+    manager.onload()
+
+
+def test_a_retry_beside_an_offload_that_has_failed_ends_each_time():
+    leaving, coming = Trainer(), Trainer(1)
+    leaving.step()
+    out, back = make(leaving), make(coming)
+    back.offload()
+    with faults.inject("host.allocate", lambda: HostMemoryError("no room")):
+        handle = out.offload(non_blocking=True)
+        out.wait()
+    for _ in range(3):
+        try:
+            back.onload(beside=handle, non_blocking=True).wait(SECONDS)
+        except TransferError:
+            with pytest.raises(HostMemoryError):
+                handle.wait()
+    back.onload()
+
+
+def test_workspaces_are_released_by_the_caller(trainer, manager, monkeypatch):
+    """What the caller does next uses them; so it must not be a thread that lets go of them."""
+    seen = []
+    monkeypatch.setattr(manager._device, "release_workspaces", lambda: seen.append(threading.current_thread()) or 0)
+    handle = manager.offload(release_workspaces=True, non_blocking=True)
+    assert seen == [threading.current_thread()]
+    assert "workspaces released" in str(handle.wait())
+    manager.onload()

@@ -394,6 +394,17 @@ def test_a_manager_goes_with_its_trainer():
     assert [each() for each in gone] == [None, None]
 
 
+def test_managers_that_are_dropped_leave_no_hooks(trainer):
+    hooks = trainer.model._forward_hooks
+    assert not hooks
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    manager.offload()
+    manager.onload()
+    assert len(hooks) == 1
+    del manager
+    assert not hooks
+
+
 def test_what_was_discarded_is_said_to_be_lost(trainer):
     manager = create_memory_manager(trainer.model, trainer.optimizer)
     manager.offload()

@@ -525,3 +525,26 @@ def test_a_preparation_whose_thread_cannot_be_started_stops_nothing(trainer, mon
     monkeypatch.undo()
     manager.offload()
     manager.close()
+
+
+def test_numbers_that_schedulers_and_loggers_read_stay():
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.5), capturable=False, foreach=False)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    manager = create_memory_manager(model, optimizer)
+    with manager.offloaded():
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    optimizer.step()
+
+
+def test_host_memory_can_be_asked_for_while_it_is_made(trainer):
+    """By a monitoring thread, or a handler of a signal."""
+    manager, asked = make(trainer), []
+    with faults.meddle("host.allocate", lambda *_: asked.append((manager.host_bytes, manager.disk_bytes))):
+        manager.offload()
+    assert asked
+    assert asked[0] == (0, 0)
+    manager.onload()

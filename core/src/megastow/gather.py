@@ -38,6 +38,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megastow import threads
 from megastow.agreement import ALONE, Ballot
 from megastow.device import Arrival, Device, Direction, Work
 from megastow.errors import MegastowError, PeerError
@@ -160,6 +161,7 @@ class Communicator:
 
 
 def _abort(backend: Any) -> None:
+    threads.enter()
     abort = getattr(backend, "abort", None) or getattr(backend, "_shutdown", None)  # the older name; gloo had neither
     if abort is not None:
         try:

@@ -28,9 +28,10 @@ from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
+from megastow import threads
 from megastow.errors import OffloadedError
 from megastow.forking import process_lock
-from megastow.state import StateKind
+from megastow.state import ALL_KINDS, StateKind
 
 _MISSING = object()
 
@@ -58,7 +59,7 @@ def call_table(*rows: tuple[Iterable[StateKind], str]) -> CallTable:
 
 
 class _Gate:
-    """What a guard shares with all that it has put up; hooks outlive the guard if nobody calls `close`.
+    """What a guard shares with all that it has put up; hooks on tensors outlive it.
 
     Attributes:
         away: the kinds that are away.
@@ -89,8 +90,11 @@ class _Gate:
         return self.reader == threading.get_ident() and self.pid == os.getpid()
 
     def wait(self, kinds: Set[StateKind]) -> BaseException | None:
-        """Wait until none of `kinds` is on its way any more; returns what the move failed with, if it did."""
-        if os.getpid() != self.pid:
+        """Wait until none of `kinds` is on its way any more; returns what the move failed with, if it did.
+
+        Does not wait in a fork, nor in a finalizer that runs in a thread of the move itself.
+        """
+        if os.getpid() != self.pid or threads.is_ours():
             return None
         with self.lock:
             arriving = self.arriving
@@ -100,7 +104,7 @@ class _Gate:
 
 
 class Guard:
-    """Blocks and unblocks the guarded calls of one manager."""
+    """Blocks and unblocks the guarded calls of one manager. What it has hung on modules goes with it."""
 
     def __init__(self) -> None:
         self._gate = _Gate()
@@ -110,6 +114,8 @@ class Guard:
         self._spare: dict[int, tuple[Callable[[], object], dict[str, Blocked]]] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._unhook = weakref.finalize(self, _remove, self._hooks)
+        self._unhook.atexit = False
 
     def update(
         self,
@@ -178,6 +184,7 @@ class Guard:
         """Let go of whoever has the bytes, which are lost: what is blocked stays so, and says that."""
         self._gate.keeper = None
         self._gate.is_lost = True
+        self._unhook.detach()
 
     def close(self) -> None:
         """Remove everything."""
@@ -186,8 +193,7 @@ class Guard:
                 self._unblock(owner_id, list(standing))
         self._spare.clear()
         self._gate.away.clear()
-        while self._hooks:
-            self._hooks.pop().remove()
+        _remove(self._hooks)
 
     def _block(self, owner: object, blocks: _Blocks) -> None:
         attributes = vars(owner)
@@ -229,6 +235,11 @@ class Guard:
             del standing[method]
         if not standing:
             del self._blocked[owner_id]
+
+
+def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    while hooks:
+        hooks.pop().remove()
 
 
 _REPLACING = process_lock()
@@ -442,6 +453,13 @@ _MODULE_CALLS = call_table(
     ((StateKind.WEIGHTS,), " ".join(COPY_METHODS)),
     ((StateKind.GRAD_BUFFERS,), "zero_grad"),
 )
+
+TORCH_OPTIMIZER_CALLS = call_table(
+    (ALL_KINDS, f"step {' '.join(COPY_METHODS)}"),
+    ((StateKind.GRAD_BUFFERS,), "zero_grad"),
+    ((StateKind.OPTIMIZER_STATES,), "state_dict load_state_dict"),
+)
+"""What the methods of `torch.optim.Optimizer` read or write."""
 
 _BACKWARD_KINDS = frozenset({StateKind.WEIGHTS, StateKind.GRAD_BUFFERS})
 

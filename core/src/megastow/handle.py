@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
+from megastow import threads
 from megastow.errors import DeviceMemoryError, ForkedProcessError, TransferError
 from megastow.report import TransferReport, format_bytes
 
@@ -60,6 +61,7 @@ class TransferHandle:
 
         Raises:
             MegastowError: what the move failed with; it was undone, and can be made again.
+            TransferError: also to a finalizer that happens to run in a thread of a move.
             TimeoutError: the move is still under way, and goes on.
             ForkedProcessError: this is a fork of the process that moves; it will not learn the end.
         """
@@ -67,6 +69,8 @@ class TransferHandle:
             raise ForkedProcessError(
                 f"the move is made by process {self._pid}, and this is a fork of it, {os.getpid()}"
             )
+        if threads.is_ours() and not self._future.done():
+            raise TransferError("a finalizer that runs in a thread of a move cannot wait for one; the move goes on")
         try:
             return self._future.result(timeout)
         except FutureTimeoutError:

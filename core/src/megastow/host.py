@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megastow import faults, loans, machine
+from megastow import faults, loans, machine, threads
 from megastow.device import Device
 from megastow.disk import BLOCK_BYTES, DiskFolder, DiskSpace, disk_shortage
 from megastow.errors import ForkedProcessError, HostMemoryError, InvalidArgumentError
@@ -293,16 +293,14 @@ class HostArena:
 
     @property
     def nbytes(self) -> int:
-        """Host memory held now."""
-        with self._lock:
-            memory = [region for region in self._regions.values() if region.tier is not Tier.DISK]
-            return sum(region.nbytes for region in (*memory, *filter(None, [self._buffers])))
+        """Host memory held now. Waits for nobody, not even for memory that is just being made."""
+        memory = [region for region in tuple(self._regions.values()) if region.tier is not Tier.DISK]
+        return sum(region.nbytes for region in (*memory, *filter(None, [self._buffers])))
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes on disk held now."""
-        with self._lock:
-            return sum(region.nbytes for region in self._regions.values() if region.tier is Tier.DISK)
+        """Bytes on disk held now. Waits for nobody."""
+        return sum(region.nbytes for region in tuple(self._regions.values()) if region.tier is Tier.DISK)
 
     def close(self) -> None:
         """Give everything back."""
@@ -437,12 +435,13 @@ def _touch(memory: torch.Tensor, numa_node: int | None) -> None:
                 )
             ctypes.memset(address + start, 0, length)  # an old kernel, or a signal: write instead
 
-    def near_the_device() -> None:
+    def begin() -> None:
+        threads.enter()
         if near:
             os.sched_setaffinity(0, near)  # of this thread only
 
     starts = range(0, nbytes, _TOUCH_BYTES)
-    with ThreadPoolExecutor(workers, "megastow-touch", near_the_device) as pool:
+    with ThreadPoolExecutor(workers, "megastow-touch", begin) as pool:
         try:
             touched = [pool.submit(touch, start) for start in starts]
         except RuntimeError:  # the interpreter is ending, and starts no thread any more

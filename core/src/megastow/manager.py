@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from megastow import arguments, machine
+from megastow import arguments, machine, threads
 from megastow.adapter import BoundAdapter
 from megastow.agreement import (
     ALONE,
@@ -613,8 +613,6 @@ class MemoryManager:
             if moving:
                 self._finish_preparing()
                 self._trainer.quiesce(moving, keep_grads=keep_grads)
-            if release_workspaces:
-                move.notes.append(self._release_workspaces())
 
             def inventory() -> Inventory:
                 self._guard_what_is_away()  # here, where the first copies are under way
@@ -632,7 +630,7 @@ class MemoryManager:
         what = _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking)
         rounds = (*[ANSWERS] * self._engine.derives(wanted), *[NOTES] * self._shares, None)
         call = Call(what, rounds)
-        return self._run("offload", wanted, act, non_blocking, call)
+        return self._run("offload", wanted, act, non_blocking, call, release_workspaces=release_workspaces)
 
     @overload
     def onload(
@@ -801,6 +799,7 @@ class MemoryManager:
             self._preparing = future
 
             def run() -> None:
+                threads.enter()
                 try:
                     future.set_result(self._engine.reserve(sizes))
                 except BaseException as error:
@@ -926,6 +925,8 @@ class MemoryManager:
         """One call at a time, and none while a move is under way in the background."""
         self._check_process()  # before any lock: whoever held it at the fork is not here to let go
         is_inside = self._is_inside
+        if threads.is_ours() and not is_inside:  # a move may be waiting for this thread
+            raise _called_inside()
         while True:
             with self._lock:
                 pending = self._pending
@@ -956,6 +957,8 @@ class MemoryManager:
         act: Callable[[_Move], None],
         non_blocking: bool,
         call: Call,
+        *,
+        release_workspaces: bool = False,
     ) -> TransferReport | TransferHandle:
         """Make a move, here or in a thread of its own."""
         is_inside = self._is_inside and not self._closing
@@ -965,6 +968,12 @@ class MemoryManager:
             if is_inside:
                 raise _called_inside()
             move = _Move(direction, self._device.memory(), call)
+            if release_workspaces:  # here in any case: what the caller does next uses them, or is about to
+                try:
+                    move.notes.append(self._release_workspaces())
+                except BaseException as error:
+                    self._agreement.decline(error)
+                    raise
             return self._start(move, wanted, act) if non_blocking else self._make(move, wanted, act)
 
     def _make(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferReport:
@@ -995,6 +1004,7 @@ class MemoryManager:
         enter = self._device.as_here()
 
         def work() -> None:
+            threads.enter()
             try:
                 with self._lock, enter():
                     if self._pending is not pending:
@@ -1115,7 +1125,7 @@ class MemoryManager:
 
 def _called_inside() -> TransferError:
     return TransferError(
-        "this thread is in the middle of a call of this memory manager, and something that runs in it has called once "
+        "this thread is in the middle of a call of a memory manager, and something that runs in it has called once "
         "more: a finalizer (`__del__`, the callback of a weak reference) or a callback of the job. Nothing was done "
         "for that. Leave moves to the job's own course"
     )
@@ -1127,10 +1137,15 @@ def _in_words(direction: Direction, kinds: Sequence[StateKind], *options: str) -
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold: plans and records, and so device memory."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    """Let go of what the frames of an error hold, and of those behind it: plans and records, and so device memory."""
+    seen: set[int] = set()  # errors may lead to each other in a circle
+    left = [error]
+    while left:
+        error = left.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            left += [error.__cause__, error.__context__]
 
 
 class _Move:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 
 import torch
 
-from megastow import faults
+from megastow import faults, threads
 from megastow.device import Arrival, Device
 from megastow.machine import PAGE_BYTES
 from megastow.tiers import Region
@@ -47,7 +47,7 @@ class Staging:
         self.chunk_bytes = -(-min(chunk_bytes, _MOST_BUFFER_BYTES) // PAGE_BYTES) * PAGE_BYTES
         self.nbytes = self.chunk_bytes * _WORKERS
         self._crew = _Crew()
-        self._pending: list[Future[None]] = []
+        self._pending: list[_Task] = []
 
     def use(self, buffers: torch.Tensor) -> None:
         """Start the threads, to work through this memory: a page-aligned uint8 tensor of shape [nbytes]."""
@@ -84,14 +84,14 @@ class Staging:
 
     def queued(self) -> list[Future[None]]:
         """What was queued and is not done, or has failed."""
-        self._pending = [future for future in self._pending if not _has_succeeded(future)]
-        return list(self._pending)
+        self._pending = [task for task in self._pending if not _has_succeeded(task.future)]
+        return [task.future for task in self._pending]
 
     def settle(self) -> None:
         """Let go of what has not begun, and wait for the rest, however it ends: nothing is under way any more."""
-        for future in self._pending:
-            if not future.cancel():
-                future.exception()
+        for task in self._pending:
+            if not task.cancel():
+                task.future.exception()
         self._pending = []
 
     def close(self) -> None:
@@ -110,9 +110,9 @@ class Staging:
             with enter(), torch.no_grad():
                 work(buffer)
 
-        future: Future[None] = Future()
-        self._pending.append(future)  # before it is queued: whatever interrupts us, `settle` knows of it
-        self._crew.tasks.put((future, there))
+        task = _Task(there)
+        self._pending.append(task)  # before it is queued: whatever interrupts us, `settle` knows of it
+        self._crew.tasks.put(task)
 
 
 class _Crew:
@@ -153,27 +153,52 @@ class _Crew:
         self._threads.clear()
 
 
-_Tasks = queue.SimpleQueue["tuple[Future[None], Callable[[torch.Tensor], None]] | None"]
+class _Task:
+    """A copy that a thread is to make. What it needs for that holds device memory, whose owners others count.
+
+    Attributes:
+        future: what becomes of it.
+    """
+
+    def __init__(self, work: Callable[[torch.Tensor], None]) -> None:
+        self.future: Future[None] = Future()
+        self._work: Callable[[torch.Tensor], None] | None = work
+
+    def cancel(self) -> bool:
+        """See to it that it is never made, and let go of what it needs; False if it is being made, or was."""
+        if self.future.cancel():
+            self._work = None
+        return self.future.cancelled()
+
+    def run(self, buffer: torch.Tensor) -> None:
+        """Make it, by way of a buffer; everything is let go of before others are told."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        work, self._work = self._work, None
+        assert work is not None
+        error: BaseException | None = None
+        try:
+            work(buffer)
+        except BaseException as raised:
+            error = raised
+        del work
+        if error is None:
+            self.future.set_result(None)
+        else:
+            traceback.clear_frames(error.__traceback__)
+            self.future.set_exception(error)
+        del error
+
+
+_Tasks = queue.SimpleQueue["_Task | None"]
 
 
 def _work(tasks: _Tasks, buffer: torch.Tensor) -> None:
     """What each thread does: knows nobody who would have to outlive it."""
+    threads.enter()
     while (task := tasks.get()) is not None:
-        future, work = task
-        error: BaseException | None = None
-        begins = future.set_running_or_notify_cancel()
-        if begins:
-            try:
-                work(buffer)
-            except BaseException as raised:
-                error = raised
-        del task, work  # they hold device memory, and whoever waits for us may count its owners
-        if error is not None:
-            traceback.clear_frames(error.__traceback__)  # they hold device memory, too
-            future.set_exception(error)
-        elif begins:
-            future.set_result(None)
-        del error, future
+        task.run(buffer)
+        del task
     tasks.put(None)
 
 

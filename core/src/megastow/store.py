@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from megastow import threads
 from megastow.errors import PeerError
 
 _T = TypeVar("_T")
@@ -68,6 +69,7 @@ class StoreLine:
         done: Future[tuple[Store, _T]] = Future()
 
         def run() -> None:
+            threads.enter()
             try:
                 connection = _connect(self._origin) if idle is None else idle
                 done.set_result((connection, work(connection)))
