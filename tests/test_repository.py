@@ -1,5 +1,6 @@
 """What must agree across the files of this repository, so that nobody has to remember it."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -122,3 +123,43 @@ def test_importing_the_plugin_loads_neither_torch_nor_megatron():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+CORE = ROOT / "core" / "src" / "megastow"
+
+
+def imported_modules(file):
+    """The modules of the core that one of its files imports, wherever it does; not what only type checkers read."""
+    tree = ast.parse(file.read_text())
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in unread:
+            package, _, module = (node.module or "").partition(".")
+            if package == "megastow":
+                yield from [module.partition(".")[0]] if module else [alias.name for alias in node.names]
+
+
+def test_imports_point_down_the_layers_that_the_architecture_lists():
+    _, _, table = (
+        (ROOT / "docs" / "architecture.md").read_text().partition("| module | why it exists |\n| --- | --- |\n")
+    )
+    names = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.partition("\n\n")[0].splitlines()]
+    modules = {path.stem for path in CORE.glob("*.py")} - {"__init__"} | {"cli"}
+    layers = {name: number for number, layer in enumerate(names) for name in layer}
+    assert modules == layers.keys()
+    assert sum(map(len, names)) == len(modules), "one is listed twice"
+    upward = [
+        f"{name} imports {other}"
+        for name in modules
+        for file in ((CORE / name).glob("*.py") if name == "cli" else [CORE / f"{name}.py"])
+        for other in imported_modules(file)
+        if layers.get(other, len(names)) < layers[name]
+    ]
+    assert upward == []

@@ -1,6 +1,8 @@
 """What a run leaves behind: its report, and the comparison of what was left out with what is declared."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 
@@ -164,3 +166,17 @@ def test_what_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(report.ReportError, match=r"x\.json"):
         report.read_report(tmp_path / "x.json")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_a_report_says_of_which_commit_it_is(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "report.py").touch()
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert report._revision() == {}  # no repository
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert report._revision() == {}  # lies in one, and is no part of it
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert report._revision() == {"revision": head[:12]}

@@ -40,6 +40,8 @@ def run(row="one", release="1.0", device="cpu", failed=(), older_than=()):
         "evidence": "real",
         "megatron": {"release": release},
         "device": {"type": device, "name": "H200", "count": 2},
+        "versions": {"python": "3.12.7"},
+        "date": "2026-11-29",
         "verdicts": [
             {"invariants": [name for name in INVARIANTS if name not in {*failed, *older_than}], "passed": passed},
             {"invariants": list(failed), "passed": passed, "failed": {"2": ["gpt_distopt"]}},
@@ -72,10 +74,13 @@ def test_the_table_is_written_between_its_comments_and_then_passes_the_check(fil
     lines = text.splitlines()
     total = len(INVARIANTS)
     some = f"{total - 2} of {total}"
-    assert f"| `one` | 1.0 | a | real | CPU | 1, 2 | 2 | {total} of {total} |" in lines
-    assert f"| `one` | 1.0 | a | real | 2 x H200 | 1, 2 | 2 | {some} (not peak, host) |" in lines
-    assert f"| `one` | 1.0 | a | real | 2 x H200 | 1, 2 | 2 | {some} (not asked: residue, guard) |" in lines
-    assert "| `two` | 2.0 | b | real | not run |  |  |  |" in lines
+    assert f"| `one` | 1.0 | a | real | CPU | 3.12 | 2026-11-29 | 1, 2 | 2 | {total} of {total} |" in lines
+    assert f"| `one` | 1.0 | a | real | 2 x H200 | 3.12 | 2026-11-29 | 1, 2 | 2 | {some} (not peak, host) |" in lines
+    assert (
+        f"| `one` | 1.0 | a | real | 2 x H200 | 3.12 | 2026-11-29 | 1, 2 | 2 | {some} (not asked: residue, guard) |"
+        in lines
+    )
+    assert "| `two` | 2.0 | b | real | not run |  |  |  |  |  |" in lines
     assert files(*runs, check=True) == 0
     assert files(run(), check=True) == 1
 

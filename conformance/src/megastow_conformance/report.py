@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,10 +137,22 @@ def _described(row: Row, plan: Plan, recorder: Recorder, root: Path) -> dict[str
             "states": facts.get("megatron"),
             "path": None if path is None else _without_folders(path, root),
         },
-        "versions": facts.get("versions", {}),
+        "versions": {**facts.get("versions", {}), **_revision()},
         "device": facts.get("device", {"type": plan.device}),
         "scope": row.scope,
     }
+
+
+def _revision() -> dict[str, str]:
+    """The commit of the source tree that this is a part of; nothing where it is installed from somewhere else."""
+    folder, name = os.path.split(__file__)
+    git = ("git", "-C", folder)
+    try:
+        for command in (("ls-files", "--error-unmatch", name), ("rev-parse", "--short=12", "HEAD")):
+            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"revision": done.stdout.strip()}
 
 
 def _verdicts(results: list[Result]) -> dict[str, Any]:
