@@ -414,7 +414,7 @@ def test_what_was_discarded_is_said_to_be_lost(trainer):
     gc.collect()
     assert gone() is None
     for use in (lambda: trainer.model(TOKENS), trainer.optimizer.step):
-        with pytest.raises(OffloadedError, match=r"is lost.*discard=True.*checkpoint"):
+        with pytest.raises(OffloadedError, match=r"offloaded and lost.*discard=True.*checkpoint"):
             use()
 
 

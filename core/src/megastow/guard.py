@@ -477,16 +477,17 @@ def _refuse(
     what: str, missing: Collection[StateKind], cause: BaseException | None, *, is_lost: bool, reads: bool = False
 ) -> NoReturn:
     kinds = [k for k in StateKind if k in missing]
+    needs = f"{what} needs {', '.join(kinds)}, which {'are' if len(kinds) > 1 else 'is'}"
     if is_lost:
         raise OffloadedError(
-            f"{what} needs {', '.join(kinds)}, which was offloaded and is lost: its manager was closed with "
-            "discard=True. Make a new model, and load a checkpoint"
+            f"{needs} offloaded and lost: the manager was closed with discard=True. Make a new model, and load a "
+            "checkpoint"
         ) from cause
     arguments = ", ".join(repr(k.value) for k in kinds)
     advice = f"Call manager.onload({arguments}) first, or leave the `with manager.offloaded()` block"
     if reads:
         advice += "; to read it in host memory, give the function itself to manager.on_host"
-    raise OffloadedError(f"{what} needs {', '.join(kinds)}, which is offloaded. {advice}") from cause
+    raise OffloadedError(f"{needs} offloaded. {advice}") from cause
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
