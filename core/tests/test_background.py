@@ -659,6 +659,7 @@ class LastWords:
         except MegastowError as error:
             print("refused:", type(error).__name__, "in", threading.current_thread().name)
 
+gc.disable()  # or it may run before it is asked to
 trainer = Trainer()
 trainer.step()
 before = snapshot(trainer.tensors(KEPT))

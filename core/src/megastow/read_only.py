@@ -40,6 +40,9 @@ class ReadOnlyTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation that only reads; see the note of the module."""
+        if torch.is_inference_mode_enabled():  # in which torch 2.4 cannot view a dtype as another
+            with torch.inference_mode(False), torch.no_grad():
+                return cls.__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
         if _read_only(tuple(writes_to(func, args, kwargs))):
             _refuse(str(func))
