@@ -1,7 +1,6 @@
 """Random walks: any sequence of moves, steps, loads and faults equals a twin that knows nothing of megastow."""
 
 import copy
-import threading
 
 import hypothesis.strategies as st
 import pytest
@@ -58,9 +57,7 @@ class RandomWalk(RuleBasedStateMachine):
     )
     def fail(self, name, error, after, kinds, out):
         call = (lambda: self.manager.offload(*kinds, keep_grads=True)) if out else (lambda: self.manager.onload(*kinds))
-        for thread in threading.enumerate():
-            if thread.name == "megastow-prepare":  # it would take the fault, for which a move makes up in silence
-                thread.join()
+        self.manager.wait()  # a preparation would take the fault, for which a move makes up in silence
         with faults.inject(name, lambda: error("injected"), after=after) as passed:
             try:
                 call()

@@ -721,9 +721,12 @@ class MemoryManager:
         return self._run("onload", wanted, act, non_blocking, call)
 
     def wait(self) -> None:
-        """Wait until no move of this manager is under way; what one failed with is its handle's to raise."""
+        """Wait until no move and no preparation of this manager is under way.
+
+        What a move failed with is its handle's to raise; a preparation that failed is logged.
+        """
         with self._exclusive():
-            pass
+            self._finish_preparing()
 
     def release_cached(self) -> None:
         """Hand memory that torch's allocator keeps, and nobody uses, back to the driver; for `give_back=False`."""

@@ -10,7 +10,6 @@ first failure ends the walk, with the sequence that led to it.
 
 from __future__ import annotations
 
-import threading
 import traceback
 import zlib
 from collections.abc import Callable
@@ -202,9 +201,7 @@ class _Walk(RuleBasedStateMachine):
         self, name: str, error: type[BaseException], after: int, kinds: list[str], out: bool
     ) -> None:
         call = partial(self.manager.offload, keep_grads=True) if out else self.manager.onload
-        for thread in threading.enumerate():
-            if thread.name == "megastow-prepare":  # it would take the fault, for which a move makes up in silence
-                thread.join()
+        self.manager.wait()  # a preparation would take the fault, for which a move makes up in silence
         with faults.inject(name, lambda: error("injected"), after=after) as passed:
             try:
                 call(*kinds)
