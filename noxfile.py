@@ -254,7 +254,9 @@ def parallel(session: nox.Session, groups: int) -> list[str]:
     own_choice = ("-n", "--numprocesses", "--dist", "--pdb", "-s", "--capture")
     if any(argument.startswith(own_choice) for argument in session.posargs) or HAS_GPU:
         return []
-    return [f"--numprocesses={min(os.cpu_count() or 1, groups)}", "--dist=loadgroup"]
+    # A process that ends by itself ends the run, with the name of its test: another in its place is given nothing to do by
+    # pytest-xdist 3.8, which then waits for ever.
+    return [f"--numprocesses={min(os.cpu_count() or 1, groups)}", "--dist=loadgroup", "--max-worker-restart=0"]
 
 
 # --- environments -----------------------------------------------------------------------------------------------------

@@ -441,6 +441,7 @@ WRONG_OPTIONS = [
     ("onload", {"unverified": "x"}, InvalidTypeError),
     ("onload", {"wait_for_memory": None}, InvalidTypeError),
     ("onload", {"wait_for_memory": "5"}, InvalidTypeError),
+    ("onload", {"wait_for_memory": True}, InvalidTypeError),
     ("onload", {"wait_for_memory": -1}, InvalidArgumentError),
     ("onload", {"wait_for_memory": float("nan")}, InvalidArgumentError),
     ("onload", {"window_bytes": 1.5}, InvalidTypeError),

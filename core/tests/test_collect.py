@@ -50,6 +50,11 @@ def test_graphs_are_found_under_a_name_that_held_none_in_the_module_before():
     wrapped, graphed = lambda: None, lambda: None
     graphed.__qualname__ = "make_graphed_callables.<locals>.make_graphed_forward.<locals>.new_fwd"  # as torch names it
     assert found(module(forward=wrapped), module(forward=graphed)) == ["forward of module 1"]
+    graphed.__qualname__ = f"_{graphed.__qualname__}"  # as Transformer Engine does
+    assert found(module(forward=wrapped), module(forward=graphed)) == ["forward of module 1"]
+    wrapped.__qualname__ = "make_graph"
+    others = (True, "off", {}, torch.zeros(2))  # what a module of somebody else may mean by the name
+    assert found(*(module(cuda_graphs=other) for other in others), module(forward=wrapped)) == []
     assert found(module(cudagraph_manager=idle), module(cudagraph_manager=used)) == ["cudagraph_manager of module 1"]
     registered = torch.nn.Module()
     registered.cudagraph_runners = [object()]

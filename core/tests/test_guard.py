@@ -387,6 +387,7 @@ def test_a_manager_goes_with_its_trainer():
     trainer = Trainer()
     trainer.step()
     manager = create_memory_manager(trainer.model, trainer.optimizer)
+    trainer.model.last = trainer.forward()  # a graph, whose hooks the collector does not see
     manager.offload()
     gone = [weakref.ref(manager), weakref.ref(trainer.model)]
     del manager, trainer
@@ -449,7 +450,13 @@ def test_what_is_blocked_has_the_name_of_the_method_and_nothing_made_up(trainer)
         assert step.__name__ == step.__func__.__name__ == "step"
         for name in ("__wrapped__", "__setstate__", "no_such_thing"):
             assert not hasattr(step, name)
-        copy.copy(step)
+
+
+def test_a_model_whose_gradients_are_away_is_not_copied(trainer):
+    manager = create_memory_manager(trainer.model, trainer.optimizer)
+    with manager.offloaded("grad_buffers"), pytest.raises(OffloadedError, match="cannot be copied or pickled"):
+        copy.deepcopy(trainer.model)
+    copy.deepcopy(trainer.model)
 
 
 def test_a_model_is_compiled_as_one_graph():

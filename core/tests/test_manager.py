@@ -534,9 +534,12 @@ def test_numbers_that_schedulers_and_loggers_read_stay():
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     manager = create_memory_manager(model, optimizer)
+    optimizer.param_groups[0]["betas"] = torch.tensor(0.5), torch.tensor(0.75)
     with manager.offloaded():
         scheduler.step()
         assert optimizer.param_groups[0]["lr"] == 0.25
+        assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    optimizer.param_groups[0]["betas"] = 0.5, 0.75
     optimizer.step()
 
 
@@ -548,3 +551,18 @@ def test_host_memory_can_be_asked_for_while_it_is_made(trainer):
     assert asked
     assert asked[0] == (0, 0)
     manager.onload()
+
+
+def test_a_finalizer_may_wait_in_the_middle_of_a_preparation(trainer, monkeypatch):
+    """It waits for nothing then: what it would wait for is what it interrupts."""
+    manager, waited = make(trainer), []
+    start = threading.Thread.start
+
+    def start_later(thread):
+        if thread.name == "megastow-prepare":
+            waited.append(manager.wait())
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    manager.prepare(wait=True)
+    assert waited == [None]

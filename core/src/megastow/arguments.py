@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TypeVar
 
 from megastow.errors import InvalidArgumentError, InvalidTypeError
@@ -45,7 +46,7 @@ def whole_number(name: str, value: object, of: str, *, least: int = 0) -> int:
 
 
 def duration(name: str, value: object, *, is_limit: bool = False) -> float:
-    """A time in seconds that is not for ever.
+    """A time in seconds; for ever (infinite) only where it is no limit.
 
     Args:
         name: of the argument.
@@ -54,11 +55,12 @@ def duration(name: str, value: object, *, is_limit: bool = False) -> float:
 
     Raises:
         InvalidTypeError: it is no number.
-        InvalidArgumentError: it is negative, infinite, or no number; or 0, for a limit.
+        InvalidArgumentError: it is negative, or no number; or 0 or infinite, for a limit.
     """
-    seconds = float(instance_of(name, value, int if isinstance(value, int) else float, "a number of seconds"))
-    if not 0 <= seconds < math.inf or (is_limit and not seconds):
-        raise InvalidArgumentError(
-            f"{name} is {seconds:g}; expected {'more than 0' if is_limit else '0 or more'} seconds"
-        )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InvalidTypeError(f"{name} is a {type(value).__qualname__}; expected a number of seconds")
+    seconds = float(value)
+    if not seconds >= 0 or (is_limit and not 0 < seconds < math.inf):
+        expected = "more than 0 seconds, and not for ever" if is_limit else "0 or more seconds"
+        raise InvalidArgumentError(f"{name} is {seconds:g}; expected {expected}")
     return seconds

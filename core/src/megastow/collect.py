@@ -170,7 +170,7 @@ def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, p
     """Everything that a torch optimizer keeps: per parameter, and in its parameter groups.
 
     Left out is bookkeeping: `step` counters that torch keeps on the host, also where the device is the CPU; and numbers
-    in parameter groups, such as the `lr` of a capturable optimizer, which schedulers and loggers read at any time.
+    in parameter groups, `lr` and `betas` of a capturable optimizer, which schedulers and loggers read at any time.
     """
     for index, state in enumerate(list(optimizer.state.values())):
         name = f"{prefix}state[{index}]"
@@ -178,8 +178,8 @@ def add_optimizer_states(group: TensorGroup, optimizer: torch.optim.Optimizer, p
             if key != "step" or not _is_on_host(value):
                 _add_nested(group, _entry(name, key), value)
     for number, param_group in enumerate(optimizer.param_groups):
-        others = {key: value for key, value in param_group.items() if key != "params" and not _is_number(value)}
-        _add_nested(group, f"{prefix}param_groups[{number}]", others)
+        others = {key: value for key, value in param_group.items() if key != "params"}
+        _add_nested(group, f"{prefix}param_groups[{number}]", others, takes=_is_no_number)
 
 
 def add_grads(group: TensorGroup, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -193,8 +193,8 @@ def _has_bytes(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > 0
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
+def _is_no_number(tensor: torch.Tensor) -> bool:
+    return tensor.numel() != 1
 
 
 def _is_on_host(value: object) -> bool:
@@ -205,12 +205,15 @@ def _entry(name: str, key: object) -> str:
     return f"{name}[{key!r}]" if isinstance(key, str) else f"{name}[{len(name)}]"
 
 
-def _add_nested(group: TensorGroup, name: str, value: object) -> None:
+def _add_nested(
+    group: TensorGroup, name: str, value: object, takes: Callable[[torch.Tensor], bool] = lambda _: True
+) -> None:
     if isinstance(value, torch.Tensor):
-        group.add(name, value)
+        if takes(value):
+            group.add(name, value)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _add_nested(group, _entry(name, key), item)
+            _add_nested(group, _entry(name, key), item, takes)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            _add_nested(group, f"{name}[{index}]", item)
+            _add_nested(group, f"{name}[{index}]", item, takes)

@@ -69,13 +69,10 @@ class _Gate:
             Python and could be interrupted before they let go.
         changed: notified when either has changed.
         pid: the process of the guard. A fork has a copy of all this, in which nothing changes any more.
-        keeper: what has the bytes that are away, held by all that is blocked for as long as it is: who loses sight of
-            it must not lose them. None when nothing is away.
         is_lost: whether nobody has the bytes any more.
     """
 
     def __init__(self) -> None:
-        self.keeper: object = None
         self.is_lost = False
         self.away: set[StateKind] = set()
         self.arriving: Future[Any] | None = None
@@ -103,11 +100,26 @@ class _Gate:
         return None if arriving is None or arrived else arriving.exception()
 
 
+class _Hold:
+    """What blocked calls know of a guard, and hooks do not: the collector does not see what hangs on autograd graphs.
+
+    Attributes:
+        gate: of the guard.
+        keeper: what has the bytes that are away, held by all that is blocked for as long as it is: who loses sight of
+            it must not lose them. None when nothing is away.
+    """
+
+    def __init__(self, gate: _Gate) -> None:
+        self.gate = gate
+        self.keeper: object = None
+
+
 class Guard:
     """Blocks and unblocks the guarded calls of one manager. What it has hung on modules goes with it."""
 
     def __init__(self) -> None:
         self._gate = _Gate()
+        self._hold = _Hold(self._gate)
         # By identity of an owner: its attributes, and those of them that stand where methods were.
         self._blocked: dict[int, tuple[dict[str, Any], dict[str, Blocked]]] = {}
         # What stood there the last time and will stand there again, by identity of an owner, if that is still the same.
@@ -134,7 +146,7 @@ class Guard:
         """
         with self._gate.lock:
             self._gate.arriving = arriving
-            self._gate.keeper = keeper if away else None
+            self._hold.keeper = keeper if away else None
             try:
                 if not (self._is_settled and away == self._gate.away):
                     with _REPLACING:
@@ -152,10 +164,10 @@ class Guard:
         for owner, calls_of_it in needed:
             key = (type(owner), id(calls_of_it))
             if key not in candidates:
-                candidates[key] = _candidates(type(owner), calls_of_it, away, self._gate)
+                candidates[key] = _candidates(type(owner), calls_of_it, away, self._hold)
             blocks = candidates[key].on(owner)
             if id(owner) in blocked_now:
-                blocks = _union(blocks, blocked_now[id(owner)], self._gate)
+                blocks = _union(blocks, blocked_now[id(owner)], self._hold)
             self._block(owner, blocks)
             blocked_now[id(owner)] = blocks
         for owner_id, (_, standing) in list(self._blocked.items()):
@@ -182,7 +194,7 @@ class Guard:
 
     def give_up(self) -> None:
         """Let go of whoever has the bytes, which are lost: what is blocked stays so, and says that."""
-        self._gate.keeper = None
+        self._hold.keeper = None
         self._gate.is_lost = True
         self._unhook.detach()
 
@@ -220,13 +232,13 @@ class Guard:
                 blocked.missing = {**blocked.missing, **missing}
             attributes[method] = blocked
             if before is not blocked:  # somebody has wrapped it meanwhile; this stands in front of the wrapper
-                before.forget(self._gate)
+                before.forget(self._hold)
 
     def _unblock(self, owner_id: int, methods: Iterable[str]) -> None:
         attributes, standing = self._blocked[owner_id]
         for method in methods:
             blocked = standing[method]
-            blocked.forget(self._gate)
+            blocked.forget(self._hold)
             if not blocked.missing and attributes.get(method) is blocked:  # not what somebody else has put there since
                 if blocked.before is _MISSING:
                     del attributes[method]
@@ -246,8 +258,8 @@ _REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
 
 
-_Missing = Mapping[_Gate, frozenset[StateKind]]
-"""The kinds that a method needs and that are away, by the gate of the guard that blocks it."""
+_Missing = Mapping[_Hold, frozenset[StateKind]]
+"""The kinds that a method needs and that are away, by the guard that blocks it."""
 
 _Blocks = Mapping[str, _Missing]
 """Methods that a guard is to block, and what each of them misses."""
@@ -279,9 +291,9 @@ class _Candidates(NamedTuple):
         return {**self.certain, **found}
 
 
-def _candidates(owner: type, calls: CallTable, away: Set[StateKind], gate: _Gate) -> _Candidates:
+def _candidates(owner: type, calls: CallTable, away: Set[StateKind], hold: _Hold) -> _Candidates:
     """What of a table is to be blocked on instances of a class: asked once, since a model has hundreds of each."""
-    blocks = {method: {gate: kinds & away} for method, kinds in calls.items() if kinds & away}
+    blocks = {method: {hold: kinds & away} for method, kinds in calls.items() if kinds & away}
     certain = {m: missing for m, missing in blocks.items() if getattr(owner, m, None) is not None or m == _DEEPCOPY}
     lookup = getattr(owner, "__getattr__", None)
     return _Candidates(
@@ -291,9 +303,9 @@ def _candidates(owner: type, calls: CallTable, away: Set[StateKind], gate: _Gate
     )
 
 
-def _union(one: _Blocks, other: _Blocks, gate: _Gate) -> _Blocks:
+def _union(one: _Blocks, other: _Blocks, hold: _Hold) -> _Blocks:
     """All that one or the other blocks, with the kinds of both."""
-    both = {method: {gate: one[method][gate] | other[method][gate]} for method in one.keys() & other.keys()}
+    both = {method: {hold: one[method][hold] | other[method][hold]} for method in one.keys() & other.keys()}
     return {**one, **other, **both}
 
 
@@ -337,25 +349,31 @@ class Blocked:
             raise ReferenceError(f"{self._method} was taken from an object that is gone; hold the object as well")
         return owner
 
-    def forget(self, gate: _Gate) -> None:
+    def forget(self, hold: _Hold) -> None:
         """Let go of it for one guard."""
         missing = self.missing
-        if gate in missing:
+        if hold in missing:
             is_alone = len(missing) == 1
-            self.missing = _NOBODY if is_alone else {each: missing[each] for each in missing if each is not gate}
+            self.missing = _NOBODY if is_alone else {each: missing[each] for each in missing if each is not hold}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._method in READING_CALLS and all(gate.is_read_here for gate in self.missing):
+        if self._method in READING_CALLS and all(hold.gate.is_read_here for hold in self.missing):
             return self._original()(*args, **kwargs)
-        errors = [gate.wait(kinds) for gate, kinds in self.missing.items()]
+        errors = [hold.gate.wait(kinds) for hold, kinds in self.missing.items()]
         missing = self.missing
         if not missing:  # all has arrived
             return self._original()(*args, **kwargs)
         what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
         kinds = _NOTHING.union(*missing.values())
         cause = next(filter(None, errors), None)
-        is_lost = any(gate.is_lost for gate in missing)
+        is_lost = any(hold.gate.is_lost for hold in missing)
         return _refuse(what, kinds, cause, is_lost=is_lost, reads=self._method in READING_CALLS)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refused, as the copy of its owner would be: it cannot stand in front of a method of that."""
+        raise OffloadedError(
+            f"{type(self._owner).__name__} cannot be copied or pickled while state is away. Call manager.onload() first"
+        )
 
     def __getattr__(self, name: str) -> Any:
         """Attributes that others keep on methods: so does a scheduler, which marks the `step` that it has wrapped."""

@@ -723,10 +723,13 @@ class MemoryManager:
     def wait(self) -> None:
         """Wait until no move and no preparation of this manager is under way.
 
-        What a move failed with is its handle's to raise; a preparation that failed is logged.
+        What a move failed with is its handle's to raise; a preparation that failed is logged. Called from inside of
+        another call of the manager, by a finalizer or a signal's handler, it waits for nothing.
         """
+        is_inside = self._is_inside
         with self._exclusive():
-            self._finish_preparing()
+            if not is_inside:
+                self._finish_preparing()
 
     def release_cached(self) -> None:
         """Hand memory that torch's allocator keeps, and nobody uses, back to the driver; for `give_back=False`."""

@@ -6,7 +6,7 @@ whether the thing is there. Each function yields a sentence for each such thing:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ _QUANTIZED = {
     "NVFP4Tensor",
     "QuantizedTensor",
 }
+
+
+_GRAPHED_FORWARDS = ("make_graphed_callables.", "_make_graphed_callables.")
+"""How the names of functions begin that torch and Transformer Engine put in the place of a `forward`."""
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -55,7 +59,8 @@ def captured_modules(modules: NamedModules) -> Iterator[str]:
     """Modules that CUDA graphs were captured for, over the addresses of weights and gradients.
 
     Mirrors megatron/core/transformer/transformer_block.py (`cuda_graphs`, 0.7 and later) and cuda_graphs.py (managers,
-    0.9 and later); and torch/cuda/graphs.py, whose `make_graphed_callables` puts a function in the place of `forward`.
+    0.9 and later); and torch/cuda/graphs.py, whose `make_graphed_callables` puts a function in the place of `forward`,
+    as does transformer_engine/pytorch/graph.py.
     """
     others: set[str] = set()
     for path, module in modules:
@@ -84,9 +89,10 @@ def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
             if "cudagraph_manager" in name:
                 has_captured = any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
             elif name == "cuda_graphs":
-                has_captured = bool(value)
+                has_captured = isinstance(value, (list, tuple, Mapping)) and len(value) > 0
             elif name == "forward":
-                has_captured = getattr(value, "__qualname__", "").startswith("make_graphed_callables.")
+                qualified_name = getattr(value, "__qualname__", None)
+                has_captured = isinstance(qualified_name, str) and qualified_name.startswith(_GRAPHED_FORWARDS)
             else:
                 others.add(name)
                 continue
