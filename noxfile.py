@@ -254,8 +254,8 @@ def parallel(session: nox.Session, groups: int) -> list[str]:
     own_choice = ("-n", "--numprocesses", "--dist", "--pdb", "-s", "--capture")
     if any(argument.startswith(own_choice) for argument in session.posargs) or HAS_GPU:
         return []
-    # A process that ends by itself ends the run, with the name of its test: another in its place is given nothing to do by
-    # pytest-xdist 3.8, which then waits for ever.
+    # A process that ends by itself ends the run, with the name of its test: pytest-xdist 3.8 would put another in its
+    # place, give it nothing to do, and wait for ever.
     return [f"--numprocesses={min(os.cpu_count() or 1, groups)}", "--dist=loadgroup", "--max-worker-restart=0"]
 
 

@@ -82,6 +82,7 @@ def suite(pytester, monkeypatch, tmp_path):
     """A small suite with a matrix and folders that stand for two Megatron trees; returns a function that runs it."""
     for name in ("MEGASTOW_MEGATRON", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.syspath_prepend(str(MACHINERY))
     pytester.makefile(".toml", matrix=MATRIX)
     pytester.makepyfile(test_suite=SUITE.replace("FOLDER", repr(str(tmp_path))))

@@ -90,10 +90,14 @@ def test_one_that_has_ended_forks_nothing(tmp_path):
     made.close()
 
 
-def test_ranks_that_follow_each_other_have_other_orders_of_sets(tmp_path):
+def test_ranks_that_follow_each_other_have_other_orders_of_sets(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    monkeypatch.setattr(nurseries, "_nurseries", {})
     with make_group(2) as group:
         for _ in range(2):
             assert group.run(checks.notes_a_hash, SCENARIO, parameters={"folder": str(tmp_path)}).verdict == "passed"
+    for rank in (0, 1):
+        nurseries.nursery(rank).close()
     zeroth, first = ((tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1))
     assert len({*zeroth}) == len({*first}) == 1
     assert zeroth != first

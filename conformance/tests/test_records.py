@@ -1,6 +1,7 @@
 """What a run leaves behind: its report, and the comparison of what was left out with what is declared."""
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -170,6 +171,10 @@ def test_what_is_no_report_is_refused(tmp_path, text):
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_a_report_says_of_which_commit_it_is(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # as in a hook of git
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # somebody may sign all commits
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     (tmp_path / "report.py").touch()
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))

@@ -20,7 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-SECONDS = 60.0
+SECONDS = 120.0
 """How long a scenario may take."""
 
 

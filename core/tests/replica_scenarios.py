@@ -12,7 +12,7 @@ import rank_scenarios as ranks
 import torch
 import torch.distributed as dist
 from core_toys import KEPT, KINDS, Trainer, assert_same, device_bytes, junk, moved, raw, snapshot
-from rank_scenarios import BACK, LONG, SHORT, assert_all, everywhere, fails_everywhere, others_fault
+from rank_scenarios import BACK, LONG, assert_all, everywhere, fails_everywhere, others_fault
 
 from megastow import (
     MegastowError,
@@ -33,6 +33,10 @@ OUT = ["pack.bucket", "host.allocate", "offload.chunk", "offload.copied", "offlo
 UNIT = 4096  # what chunks are a multiple of
 WIDTH = 96  # so that there is something to share
 SIZES = {"bucket_bytes": 1 << 16, "chunk_bytes": 4096}
+
+
+BEYOND_A_PAUSE = 10.0
+"""A limit, gloo's own too, that a machine which stands still for some seconds does not use up."""
 
 
 def make(seconds=LONG, seed=0, steps=1, model=None, **options):
@@ -331,7 +335,7 @@ def faults_of_an_onload():
 
 def a_rank_that_waits_for_memory():
     """It has begun all that the others need, so that they come to the vote meanwhile."""
-    trainer, manager = make(SHORT, host_memory="pageable")
+    trainer, manager = make(BEYOND_A_PAUSE, host_memory="pageable")
     before = snapshot(trainer.tensors(KEPT))
     manager.offload()
     confirm, device = _GroupBallot.confirm, manager._device
@@ -353,7 +357,7 @@ def a_rank_that_waits_for_memory():
 
 def a_kind_that_fails_while_others_are_on_their_way():
     """Nobody votes on it who still has to begin what the others need; so the ranks stay connected."""
-    trainer, manager = make(SHORT, host_memory="pageable")
+    trainer, manager = make(BEYOND_A_PAUSE, host_memory="pageable")
     given_up = logging.handlers.BufferingHandler(1000)
     logging.getLogger("megastow.gather").addHandler(given_up)
     before = snapshot(trainer.tensors(KEPT))
@@ -375,7 +379,7 @@ def a_kind_that_fails_while_others_are_on_their_way():
 
 def a_rank_that_is_interrupted_twice():
     """It makes no all-gather any more; the others notice, and all connect anew."""
-    trainer, manager = make(5.0)
+    trainer, manager = make(BEYOND_A_PAUSE)
     before = snapshot(trainer.tensors(KEPT))
     for _ in range(2):
         manager.offload()
@@ -448,7 +452,7 @@ def assert_all_of(manager, kind, residency):
 
 
 def one_is_killed_on_the_way_back():
-    trainer, manager = make(SHORT)
+    trainer, manager = make(BEYOND_A_PAUSE)
     manager.offload()
     killed = others_fault("onload.chunk", lambda: os.kill(os.getpid(), signal.SIGKILL), rank=2, after=2)
     with killed, pytest.raises(MegastowError):

@@ -48,7 +48,7 @@ def both(pair, **call):
 
 
 def test_calls_are_made_by_both_or_by_none(store):
-    pair = members(store)
+    pair = members(store, 30.0)
     assert both(pair) == both(pair) == ["made", "made"]
     results = together(lambda: make(pair[0], "offload"), lambda: make(pair[1], "onload"))
     assert all(isinstance(result, AgreementError) for result in results)
@@ -188,7 +188,7 @@ def exchange(agreement, note, within=lambda: None):
 
 
 def test_ranks_hear_what_the_others_tell(store):
-    pair = members(store)
+    pair = members(store, 30.0)
     for number in range(3):
         told = {0: f"zero {number}", 1: f"one {number}"}
         assert together(*(lambda r=r, note=note: exchange(pair[r], note) for r, note in told.items())) == [told, told]
@@ -199,7 +199,7 @@ KEYS = [f"{number}/{rank}/note" for number in range(9) for rank in (0, 1)]
 
 
 def test_who_tells_nothing_has_told_nothing(store):
-    pair = members(store)
+    pair = members(store, 30.0)
     silent = lambda: make_exchanging(pair[1])  # noqa: E731
     assert together(lambda: exchange(pair[0], "zero"), silent) == [{0: "zero", 1: ""}, "made"]
 

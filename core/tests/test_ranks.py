@@ -124,8 +124,8 @@ def test_an_answer_that_is_lost_does_not_part_the_ranks(lost):
 
 
 def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(agreement, "_GRACE_SECONDS", 0.2)
     made, _ = agreements(dist.HashStore(), 2, seconds=0.2)
+    monkeypatch.setattr(agreement, "_GRACE_SECONDS", 0.2)
     answer = threading.Event()
     silent = {name: lambda *_: answer.wait(30) for name in ("clone", "check", "set", "add", "compare_set")}
     made._line._origin = made._line._idle = Line(None, **silent)

@@ -147,9 +147,12 @@ def _revision() -> dict[str, str]:
     """The commit of the source tree that this is a part of; nothing where it is installed from somewhere else."""
     folder, name = os.path.split(__file__)
     git = ("git", "-C", folder)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
     try:
         for command in (("ls-files", "--error-unmatch", name), ("rev-parse", "--short=12", "HEAD")):
-            done = subprocess.run([*git, *command], capture_output=True, text=True, timeout=60, check=True)
+            done = subprocess.run(
+                [*git, *command], capture_output=True, text=True, timeout=60, check=True, env=environment
+            )
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"revision": done.stdout.strip()}
