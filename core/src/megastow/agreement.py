@@ -43,8 +43,9 @@ _T = TypeVar("_T")
 DEFAULT_AGREE_SECONDS = 60.0
 """How long ranks wait for each other in a round; NCCL's own limit is 10 minutes."""
 
-_GRACE_SECONDS = 5.0
-"""How long the store may take to answer, beyond the time for which it was asked to wait."""
+_GRACE_SECONDS = 20.0
+"""How long the store may take to answer, beyond the time for which it was asked to wait: the process that serves it may
+stand still for seconds, behind a slow disk for example, while the others go on."""
 
 _MESSAGE_CHARACTERS = 1000
 """The most that one rank tells the others about its error."""
