@@ -63,6 +63,7 @@ def write_report(file: Path, config: pytest.Config, plan: Plan, recorder: Record
     """
     command = _without_folders(shlex.join(["pytest", *config.invocation_params.args]), config.rootpath)
     date = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    revision = _revision()
     runs = []
     for row in plan.rows:
         results = sorted(
@@ -73,7 +74,7 @@ def write_report(file: Path, config: pytest.Config, plan: Plan, recorder: Record
                 result.scenario,
             ),  # under pytest-xdist they come in any order
         )
-        runs.append({**_described(row, plan, recorder, config.rootpath), "date": date, "command": command})
+        runs.append({**_described(row, plan, recorder, config.rootpath, revision), "date": date, "command": command})
         runs[-1].update(_verdicts(results))
         runs[-1]["not_trained"] = _not_trained(row, plan)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def holding(run: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _described(row: Row, plan: Plan, recorder: Recorder, root: Path) -> dict[str, Any]:
+def _described(row: Row, plan: Plan, recorder: Recorder, root: Path, revision: Mapping[str, str]) -> dict[str, Any]:
     """What was tested on what, as the worker processes found it."""
     facts = recorder.facts.get(row.id, {})
     path = facts.get("megatron_path")
@@ -137,7 +138,7 @@ def _described(row: Row, plan: Plan, recorder: Recorder, root: Path) -> dict[str
             "states": facts.get("megatron"),
             "path": None if path is None else _without_folders(path, root),
         },
-        "versions": {**facts.get("versions", {}), **_revision()},
+        "versions": {**facts.get("versions", {}), **revision},
         "device": facts.get("device", {"type": plan.device}),
         "scope": row.scope,
     }

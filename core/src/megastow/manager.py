@@ -726,8 +726,7 @@ class MemoryManager:
         What a move failed with is its handle's to raise; a preparation that failed is logged. Called from inside of
         another call of the manager, by a finalizer or a signal's handler, it waits for nothing.
         """
-        is_inside = self._is_inside
-        with self._exclusive():
+        with self._exclusive() as is_inside:
             if not is_inside:
                 self._finish_preparing()
 
@@ -791,8 +790,7 @@ class MemoryManager:
         """
         wanted = parse_kinds(kinds)
         arguments.flags(wait=wait)
-        is_inside = self._is_inside
-        with self._exclusive():
+        with self._exclusive() as is_inside:
             self._check_open()
             self._check_not_reading()
             if is_inside:
@@ -838,8 +836,7 @@ class MemoryManager:
             PeerError, AgreementError: with replicas, other ranks did not do the same; the manager stays open.
         """
         arguments.flags(discard=discard)
-        is_inside = self._is_inside
-        with self._exclusive():
+        with self._exclusive() as is_inside:
             if self._closed:
                 return
             self._check_not_reading()
@@ -927,10 +924,14 @@ class MemoryManager:
         return [kind for kind in report.kinds if kind.value in found]
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One call at a time, and none while a move is under way in the background."""
+    def _exclusive(self) -> Iterator[bool]:
+        """One call at a time, and none while a move is under way in the background.
+
+        Yields:
+            Whether this thread is in the middle of a call of this manager already; a finalizer can run anywhere.
+        """
         self._check_process()  # before any lock: whoever held it at the fork is not here to let go
-        is_inside = self._is_inside
+        is_inside = bool(self._lock._is_owned())  # type: ignore[attr-defined] # as `threading.Condition` asks
         if threads.is_ours() and not is_inside:  # a move may be waiting for this thread
             raise _called_inside()
         while True:
@@ -938,16 +939,11 @@ class MemoryManager:
                 pending = self._pending
                 if pending is None or pending.done():
                     self._pending = None
-                    yield
+                    yield is_inside
                     return
             if is_inside:  # of the very move that is pending
                 raise _called_inside()
             pending.exception()  # not within the lock, which the move takes
-
-    @property
-    def _is_inside(self) -> bool:
-        """Whether this thread is in the middle of a call of this manager already; a finalizer can run anywhere."""
-        return bool(self._lock._is_owned())  # type: ignore[attr-defined] # `threading.Condition` asks the same way
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -967,11 +963,10 @@ class MemoryManager:
         release_workspaces: bool = False,
     ) -> TransferReport | TransferHandle:
         """Make a move, here or in a thread of its own."""
-        is_inside = self._is_inside and not self._closing
-        with self._exclusive():
+        with self._exclusive() as is_inside:
             self._check_open()
             self._check_not_reading()
-            if is_inside:
+            if is_inside and not self._closing:
                 raise _called_inside()
             move = _Move(direction, self._device.memory(), call)
             if release_workspaces:  # here in any case: what the caller does next uses them, or is about to
