@@ -410,6 +410,13 @@ class Blocked:
         return cast("Callable[..., Any]", getattr(self._owner, self._method))  # by a `__getattr__`
 
 
+def unblocked(attribute: object) -> object:
+    """What an instance had of its own where a guard has put something, or None; anything else is what it is."""
+    if type(attribute) is not Blocked:
+        return attribute
+    return None if attribute.before is _MISSING else attribute.before
+
+
 class _BackwardWatch:
     """A forward hook that stands at the entrance of the backward pass.
 

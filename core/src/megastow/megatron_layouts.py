@@ -13,6 +13,7 @@ import torch
 
 from megastow.collect import NamedModules
 from megastow.errors import UnsupportedLayoutError
+from megastow.guard import unblocked
 from megastow.state import PLAIN_TYPES
 
 _QUANTIZED = {
@@ -81,7 +82,9 @@ def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
         others: names of attributes that hold none in any module; grows by those that are met, for most modules have no
             other.
     """
-    found = []
+    qualified_name = getattr(unblocked(vars(module).get("forward")), "__qualname__", None)
+    is_replay = isinstance(qualified_name, str) and qualified_name.startswith(_GRAPHED_FORWARDS)
+    found = ["forward"] if is_replay else []
     for attributes in (vars(module), module._modules):  # a manager may be an attribute or a registered submodule
         if others.issuperset(list(attributes)):
             continue
@@ -90,9 +93,6 @@ def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
                 has_captured = any(map(_is_captured, getattr(value, "cudagraph_runners", ())))
             elif name == "cuda_graphs":
                 has_captured = isinstance(value, (list, tuple, Mapping)) and len(value) > 0
-            elif name == "forward":
-                qualified_name = getattr(value, "__qualname__", None)
-                has_captured = isinstance(qualified_name, str) and qualified_name.startswith(_GRAPHED_FORWARDS)
             else:
                 others.add(name)
                 continue
