@@ -129,7 +129,7 @@ class Device(ABC):
     @property
     @abstractmethod
     def frees_beside_copies(self) -> bool:
-        """Whether memory goes back to the driver, and comes from it, without waiting for copies in flight."""
+        """Whether memory goes back to the driver without waiting for copies in flight."""
 
     @abstractmethod
     def copying(self, direction: Direction) -> contextlib.AbstractContextManager[object]:
@@ -147,6 +147,14 @@ class Device(ABC):
         """Queue work on what was copied on a stream of its own, for the length of the context; call within `copying`.
 
         It begins when the copies queued so far have arrived, and no later copy waits for it.
+        """
+
+    @abstractmethod
+    def filling(self) -> contextlib.AbstractContextManager[object]:
+        """Queue work on memory that no copy touches, beside the copies, for the length of the context.
+
+        Call it within `copying`: the work begins when that would let copies begin, and what is queued on the copy
+        stream after it waits for it.
         """
 
     @abstractmethod
@@ -182,7 +190,7 @@ class Device(ABC):
 
     @abstractmethod
     def confirm(self) -> None:
-        """Wait until all that was queued within `copying` and `beside` is done, or has failed, which is raised."""
+        """Wait until all that was queued within `copying`, `beside` and `filling` is done, or failed, which is raised."""
 
     @abstractmethod
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -272,6 +280,9 @@ class CpuDevice(Device):
     def beside(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
+    def filling(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def communicator(self, store: Any, index: int, size: int, seconds: float) -> Any:
         return _C10D.ProcessGroupGloo(store, index, size, timedelta(seconds=seconds))
 
@@ -332,7 +343,7 @@ class _EventArrival(Arrival):
 
 
 class CudaDevice(Device):
-    """A CUDA device, with a copy stream for each direction, one for work beside the copies, and one to fetch results.
+    """A CUDA device: a copy stream for each direction, and streams for what follows copies, for fills, and for results.
 
     [Note: a stream for each direction]
     Copies on a stream that has ever copied the other way do not run beside copies the other way on another stream: two
@@ -343,7 +354,7 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._streams = {direction: torch.cuda.Stream(device) for direction in Direction}
-        self._beside, self._fetching = (torch.cuda.Stream(device) for _ in range(2))
+        self._beside, self._filling, self._fetching = (torch.cuda.Stream(device) for _ in range(3))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -407,13 +418,20 @@ class CudaDevice(Device):
     def copying(self, direction: Direction) -> Iterator[None]:
         # The copy stream starts where the caller's stream is: a block that was handed out there a moment ago may
         # still be in use by work queued earlier.
-        stream = self._streams[direction]
-        stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        stream, caller = self._streams[direction], torch.cuda.current_stream(self.torch_device)
+        for each in (stream, self._filling):
+            each.wait_stream(caller)
         with torch.no_grad(), torch.cuda.stream(stream):
             yield
 
     def arrival(self) -> Arrival:
         return _EventArrival()
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        with torch.cuda.stream(self._filling):
+            yield
+        torch.cuda.current_stream(self.torch_device).wait_stream(self._filling)
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -448,7 +466,7 @@ class CudaDevice(Device):
 
     def confirm(self) -> None:
         errors = []
-        for stream in (*self._streams.values(), self._beside):
+        for stream in (*self._streams.values(), self._beside, self._filling):
             try:
                 stream.synchronize()
             except RuntimeError as error:

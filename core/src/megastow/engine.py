@@ -432,8 +432,9 @@ class Engine:
             self._move_out(leaving, begun, Offload(kinds, clock, give_back, inspect, ballot))
             if give_back:
                 self._device.release_cached()
+            seconds = clock.seconds()
             for kind, entries in {**plans, **unfinished}.items():
-                reports[kind] = _report(kind, entries, clock.seconds[kind], self._arena.unit_bytes)
+                reports[kind] = _report(kind, entries, seconds[kind], self._arena.unit_bytes)
         return reports
 
     def onload(
@@ -498,8 +499,9 @@ class Engine:
                 self._forget([kind for kind in moving if is_confirmed or ballot.has_confirmed(kind)])
                 raise
             self._forget(moving)
+            seconds = clock.seconds()
             for kind in moving:
-                reports[kind] = _report(kind, entries[kind], clock.seconds[kind], self._arena.unit_bytes)
+                reports[kind] = _report(kind, entries[kind], seconds[kind], self._arena.unit_bytes)
         return reports, notes
 
     def announce(self, kinds: Collection[StateKind], residency: Residency) -> None:
@@ -888,18 +890,16 @@ class Engine:
                     arrivals[parked.kind] = self._transport.arrival()
 
         try:
-            # All at first, if there is no need to ask, and a driver allocates slowly beside copies in flight. Else part
-            # by part, and each kind that somebody is told of before the next one waits for memory. What is shared at
-            # first in any case, and before we wait for memory or vote: the other ranks wait for it.
-            by_parts = permit is not None or self._device.frees_beside_copies
-            at_first = shared if by_parts else released
-            for _ in self._taking(at_first, taken, clock, permit, scratch):
+            # Part by part, so that the link is busy while the next part is taken; and with a permit, each kind that
+            # somebody is told of before the next one waits for memory. What is shared at first, and before we wait for
+            # memory or vote: the other ranks wait for it.
+            for _ in self._taking(shared, taken, clock, permit, scratch):
                 pass
             self._transport.gather(self._replicas.meet(shared, ballot))
-            fill(at_first)
+            fill(shared)
             self._transport.catch_up()
             for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
-                left = [p for kind in kinds for p in plans[kind] if p.released and p.share is None and by_parts]
+                left = [p for kind in kinds for p in plans[kind] if p.released and p.share is None]
                 for part in self._taking(left, taken, clock, permit, scratch):
                     fill(part)
                 if arrived is not None:
@@ -1015,7 +1015,8 @@ class Engine:
     def _copy_in(self, parked: Parked) -> None:
         """Queue the filling of a storage, with its bytes or with zeros."""
         if parked.host is None:
-            byte_view(parked.storage).zero_()
+            with self._device.filling():
+                byte_view(parked.storage).zero_()
         else:
             self._transport.copy_in(parked.host, parked.storage)
 
@@ -1057,9 +1058,8 @@ class _KindClock:
         yield
         watch.stop()
 
-    @property
     def seconds(self) -> Mapping[StateKind, float]:
-        """Valid once the copies have been confirmed."""
+        """By kind; valid once the copies have been confirmed."""
         found = defaultdict(float, self._host)
         for kind, watch in self._watches:
             found[kind] += watch.seconds()
