@@ -5,6 +5,7 @@ import logging
 import logging.handlers
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -28,6 +29,7 @@ from megastow import (
 from megastow.agreement import _GroupBallot
 from megastow.gather import Gathering
 from megastow.plain import PlainBinding
+from megastow.replicas import HostReplicas
 
 OUT = ["pack.bucket", "host.allocate", "offload.chunk", "offload.copied", "offload.confirm", "offload.drop"]
 UNIT = 4096  # what chunks are a multiple of
@@ -338,19 +340,52 @@ def a_rank_that_waits_for_memory():
     trainer, manager = make(BEYOND_A_PAUSE, host_memory="pageable")
     before = snapshot(trainer.tensors(KEPT))
     manager.offload()
-    confirm, device = _GroupBallot.confirm, manager._device
+    confirm, meet, device = _GroupBallot.confirm, HostReplicas.meet, manager._device
+    has_met = threading.Event()
 
     def votes(ballot, kind=None):
         ranks.tell("voting")
         confirm(ballot, kind)
 
-    with pytest.MonkeyPatch.context() as patch, faults.meddle("onload.chunk", lambda: None) as filled:
+    def meets(*arguments):
+        meet(*arguments)
+        has_met.set()
+
+    with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 0:
             patch.setattr(_GroupBallot, "confirm", votes)
         else:
             free = device.free_bytes
-            patch.setattr(device, "free_bytes", lambda: free() if not filled[0] or ranks.was_told("voting") else 0)
+            patch.setattr(HostReplicas, "meet", meets)
+            patch.setattr(
+                device, "free_bytes", lambda: 0 if has_met.is_set() and not ranks.was_told("voting") else free()
+            )
         manager.onload(wait_for_memory=LONG)
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
+    manager.close()
+
+
+def chunks_that_are_on_their_way_before_the_ranks_meet():
+    """Memory for what is shared is taken part by part too, and what follows is made good if another rank gets none."""
+    trainer, manager = make(BEYOND_A_PAUSE)
+    before = snapshot(trainer.tensors(KEPT))
+    meet, queued = HostReplicas.meet, []
+    with pytest.MonkeyPatch.context() as patch, faults.meddle("onload.chunk", lambda: None) as chunks:
+        patch.setattr(HostReplicas, "meet", lambda *arguments: (queued.append(chunks[0]), meet(*arguments)))
+        for _ in range(2):
+            manager.offload()
+            manager.onload()
+            assert_same(before, snapshot(trainer.tensors(KEPT)))
+        assert queued[0] > 1
+        manager.offload()
+        left = device_bytes(trainer.tensors(KEPT))
+        num_shared = sum(parked.share is not None for parked in manager._engine.on_host())
+        assert num_shared > 1
+        with others_fault("onload.reserve", rank=1, after=num_shared - 1), pytest.raises(MegastowError):
+            manager.onload()
+        assert_all(manager, Residency.OFFLOADED)
+        assert device_bytes(trainer.tensors(KEPT)) == left
+        manager.onload()
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
 

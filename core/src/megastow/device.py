@@ -143,10 +143,13 @@ class Device(ABC):
         """The moment when what is queued by now on the current stream is done; call within `copying` or `as_here`."""
 
     @abstractmethod
-    def beside(self) -> contextlib.AbstractContextManager[object]:
+    def beside(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
         """Queue work on what was copied on a stream of its own, for the length of the context; call within `copying`.
 
         It begins when the copies queued so far have arrived, and no later copy waits for it.
+
+        Args:
+            after: begin at this moment already, an `arrival` of before.
         """
 
     @abstractmethod
@@ -175,7 +178,7 @@ class Device(ABC):
 
     @abstractmethod
     def follow(self, work: Work) -> None:
-        """Queue what comes `beside` behind a collective, if those are queued; call within `copying`."""
+        """Queue what comes `beside` behind a collective, if those are queued; call within `beside`."""
 
     @abstractmethod
     def check(self, work: Work) -> None:
@@ -190,7 +193,7 @@ class Device(ABC):
 
     @abstractmethod
     def confirm(self) -> None:
-        """Wait until all that was queued within `copying`, `beside` and `filling` is done, or failed, which is raised."""
+        """Wait until all that was queued within `copying`, `beside` and `filling` is done; what failed is raised."""
 
     @abstractmethod
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -277,7 +280,7 @@ class CpuDevice(Device):
     def arrival(self) -> Arrival:
         return _Arrived()
 
-    def beside(self) -> contextlib.AbstractContextManager[object]:
+    def beside(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
     def filling(self) -> contextlib.AbstractContextManager[object]:
@@ -335,11 +338,11 @@ class _EventStopwatch(Stopwatch):
 
 class _EventArrival(Arrival):
     def __init__(self) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record()
+        self.event = torch.cuda.Event()
+        self.event.record()
 
     def wait(self) -> None:
-        self._event.synchronize()
+        self.event.synchronize()
 
 
 class CudaDevice(Device):
@@ -434,8 +437,11 @@ class CudaDevice(Device):
         torch.cuda.current_stream(self.torch_device).wait_stream(self._filling)
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        self._beside.wait_stream(torch.cuda.current_stream(self.torch_device))
+    def beside(self, after: Arrival | None = None) -> Iterator[None]:
+        if isinstance(after, _EventArrival):
+            self._beside.wait_event(after.event)
+        else:
+            self._beside.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(self._beside):
             yield
 
@@ -449,8 +455,7 @@ class CudaDevice(Device):
         return True
 
     def follow(self, work: Work) -> None:
-        with self.beside():
-            work.wait()
+        work.wait()
 
     def check(self, work: Work) -> None:
         work.wait(timedelta(seconds=1))  # it has completed, or was aborted, which this raises

@@ -110,12 +110,16 @@ class Digester:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def begin(self, storage: torch.UntypedStorage) -> Digest:
+    def begin(self, storage: torch.UntypedStorage, after: Arrival | None = None) -> Digest:
         """Queue the digest of what the storage holds behind the copies queued so far; call within `device.copying()`.
 
         Keeps 8 bytes on the device (512 in torch's allocator) until it is read.
+
+        Args:
+            storage: what to read.
+            after: begin at this moment already, an `arrival` of before.
         """
-        with self._device.beside():
+        with self._device.beside(after):
             return self.begin_here(storage)
 
     def begin_here(self, storage: torch.UntypedStorage) -> Digest:

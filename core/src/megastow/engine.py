@@ -43,7 +43,7 @@ import torch
 from megastow import faults, machine
 from megastow.agreement import ALONE, Ballot
 from megastow.derived import DerivableBuffer, WeightDeriver
-from megastow.device import Device, Direction, Stopwatch
+from megastow.device import Arrival, Device, Direction, Stopwatch
 from megastow.digest import SCRATCH_BYTES, Digest, Digester, digest
 from megastow.disk import DiskFolder
 from megastow.errors import (
@@ -473,7 +473,7 @@ class Engine:
         reports = {k: KindReport(k, moved=False) for k in kinds}
         notes: list[str] = []
         if not moving:
-            self._replicas.meet([], ballot)
+            self._replicas.meet([], self._replicas.gathering(ballot), ballot)
             return reports, notes
 
         def tell(kind: StateKind) -> None:
@@ -785,14 +785,15 @@ class Engine:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
-            self._begin_digest(parked)
+            before = self._device.arrival()
             self._transport.copy_out(parked.storage, parked.host)
+            self._begin_digest(parked, before)  # after the copy, so that the link does not wait for Python
             return self._transport.arrival()
 
-    def _begin_digest(self, parked: Parked) -> None:
+    def _begin_digest(self, parked: Parked, after: Arrival | None = None) -> None:
         """Queue the digest of a storage that is about to leave, if one is needed and not under way yet."""
         if parked.digest is None and (self._makes_digests or parked.peers):
-            parked.digest = self._digester.begin(parked.storage)
+            parked.digest = self._digester.begin(parked.storage, after)
 
     def _release(self, parked: Parked, arrival: StagedArrival, clock: _KindClock) -> None:
         """Give up the device side of a storage when its copy has arrived."""
@@ -884,20 +885,27 @@ class Engine:
                 for parked in part:
                     with clock.copying(parked.kind, self._device):
                         self._copy_in(parked)
-                        if compares and parked.host is not None and parked.digest is not None:
-                            self._transport.begin_reading(parked.host)
-                            digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
+                        if parked.share is None:
+                            begin_digest(parked)
                     arrivals[parked.kind] = self._transport.arrival()
+
+        def begin_digest(parked: Parked) -> None:
+            if compares and parked.host is not None and parked.digest is not None:
+                self._transport.begin_reading(parked.host)
+                digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
 
         try:
             # Part by part, so that the link is busy while the next part is taken; and with a permit, each kind that
-            # somebody is told of before the next one waits for memory. What is shared at first, and before we wait for
-            # memory or vote: the other ranks wait for it.
-            for _ in self._taking(shared, taken, clock, permit, scratch):
-                pass
-            self._transport.gather(self._replicas.meet(shared, ballot))
-            fill(shared)
-            self._transport.catch_up()
+            # somebody is told of before the next one waits for memory. What is shared at first, and gathered when all
+            # ranks have memory for it, before we wait for other memory or vote: the other ranks wait for it.
+            gathering = self._replicas.gathering(ballot)
+            self._transport.gather(gathering)
+            for part in self._taking(shared, taken, clock, permit, scratch):
+                fill(part)
+            self._replicas.meet(shared, gathering, ballot)
+            with self._device.copying(Direction.IN):
+                for parked in shared:
+                    begin_digest(parked)
             for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
                 left = [p for kind in kinds for p in plans[kind] if p.released and p.share is None]
                 for part in self._taking(left, taken, clock, permit, scratch):

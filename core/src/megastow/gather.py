@@ -1,10 +1,12 @@
 """All-gathers that rebuild storages of which each rank of a host keeps a share: bounded, and the same on all ranks.
 
 [Note: the same all-gathers on all ranks]
-A rank that left one out would leave the others waiting in it. So all of a move are listed before the first one begins,
-in an order that is the same on all ranks, and whatever fails on a rank meanwhile, the rest of them is made all the same
-(`settle`), with bytes that nobody will use: the vote that follows undoes the move everywhere. A rank begins all of them
-before it waits for anything else, for a neighbour's memory or for votes: another rank may be waiting in one meanwhile.
+A rank that left one out would leave the others waiting in it. So all of a move are listed before the first one begins
+(`begin`), when all ranks have said that they have the memory and what belongs into it; only the copies of their own
+chunks may be under way before. The order is the same on all ranks, and whatever fails on a rank meanwhile, the rest of
+them is made all the same (`settle`), with bytes that nobody will use: the vote that follows undoes the move everywhere.
+From then on a rank begins all of them before it waits for anything else, for a neighbour's memory or for votes: another
+rank may be waiting in one meanwhile.
 Groups that overlap do not wait for each other in a circle, because each rank takes them in the order of their ranks,
 kind by kind.
 
@@ -33,7 +35,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -221,35 +223,50 @@ class Step:
     piece: Piece
 
 
+class _Chunk(NamedTuple):
+    """This rank's part of an all-gather; see `Gathering.follow`."""
+
+    moment: Arrival
+    reading: Sequence[Future[None]]
+
+
 class Gathering:
     """The all-gathers of one move, in the order in which all of their ranks make them.
 
     See [Note: the same all-gathers on all ranks].
     """
 
-    def __init__(self, steps: Iterable[Step], ballot: Ballot, seconds: float) -> None:
-        """Begin none of them.
+    def __init__(self, ballot: Ballot, seconds: float) -> None:
+        """List none yet.
 
         Args:
-            steps: what to gather; `follow` is called for each in this order.
             ballot: of the move.
             seconds: how long other ranks are waited for in each.
         """
-        self._steps = tuple(steps)
+        self._steps: Sequence[Step] = ()
         self._ballot = ballot
         self._seconds = seconds
-        self._readings: list[Sequence[Future[None]]] = []  # of each step that was followed
+        self._chunks: list[_Chunk] = []  # of each step that was followed
         self._works: list[Work] = []  # of each step that was begun
         self._num_done = 0
 
-    def follow(self, reading: Sequence[Future[None]]) -> None:
+    def begin(self, steps: Iterable[Step]) -> None:
+        """Make these, all of them or none; `follow` was or will be called for each in this order.
+
+        Waits for threads that read, where `follow` was called for some before; not for other ranks.
+        """
+        self._steps = tuple(steps)
+        self.catch_up()
+
+    def follow(self, moment: Arrival, reading: Sequence[Future[None]]) -> None:
         """This rank's chunk for the next all-gather is queued: queue that behind it; call within `device.copying()`.
 
         Args:
-            reading: what threads have to do before the chunk has arrived; their errors are raised here or later.
+            moment: when the chunk has arrived, unless threads take part.
+            reading: what threads have to do before it has arrived; their errors are raised here or later.
         """
-        self._readings.append(reading)
-        while self.is_behind and (len(self._readings) - len(self._works) > _AHEAD or not self._next_reading):
+        self._chunks.append(_Chunk(moment, reading))
+        while self.is_behind and (len(self._chunks) - len(self._works) > _AHEAD or not self._next_chunk.reading):
             self._begin_next()
 
     def catch_up(self) -> None:
@@ -260,18 +277,18 @@ class Gathering:
 
     @property
     def is_behind(self) -> bool:
-        """Whether some that `follow` was called for are still to be queued, because threads are reading."""
-        return len(self._works) < len(self._readings)
+        """Whether some of those listed that `follow` was called for are still to be queued: threads are reading."""
+        return len(self._works) < min(len(self._chunks), len(self._steps))
 
     def confirm(self) -> None:
         """Wait until all that `follow` was called for is done; errors surface here."""
-        self._wait(len(self._readings))
+        self._wait(len(self._chunks))
 
     def arrival(self, copied: Arrival) -> Arrival:
         """The moment when a copy has arrived, and with it all that `follow` was called for until now."""
-        if not self._readings:
+        if not self._chunks:
             return copied
-        return _GatheredArrival(copied, functools.partial(self._wait, len(self._readings)))
+        return _GatheredArrival(copied, functools.partial(self._wait, len(self._chunks)))
 
     def settle(self) -> None:
         """Make what was not made yet, and wait until nothing is under way; of a move that has failed here.
@@ -308,21 +325,23 @@ class Gathering:
         return self._steps[len(self._works)]
 
     @property
-    def _next_reading(self) -> Sequence[Future[None]]:
-        """What it waits for."""
-        return self._readings[len(self._works)]
+    def _next_chunk(self) -> _Chunk:
+        """This rank's part of it."""
+        return self._chunks[len(self._works)]
 
     def _begin_next(self) -> None:
-        for future in self._next_reading:
+        chunk = self._next_chunk
+        for future in chunk.reading:
             future.result()
-        self._begin()
+        self._begin(None if chunk.reading else chunk.moment)
 
-    def _begin(self) -> None:
+    def _begin(self, moment: Arrival | None = None) -> None:
         step, piece = self._next, self._next.piece
         whole = byte_view(step.storage)[piece.start : piece.start + piece.nbytes]
         own = whole[piece.own_start - piece.start :][: piece.chunk_bytes]
-        step.communicator.all_gather(whole, own, self._works)
-        step.communicator.device.follow(self._works[-1])
+        with step.communicator.device.beside(moment):
+            step.communicator.all_gather(whole, own, self._works)
+            step.communicator.device.follow(self._works[-1])
 
     def _under_way(self, number: int) -> _Gather:
         return _Gather(self._steps[number].communicator, self._works[number], self._ballot, self._seconds)
@@ -349,7 +368,7 @@ class _NeverBegun:
 
 _NEVER_BEGUN = _NeverBegun()
 
-NOTHING_TO_GATHER = Gathering((), ALONE, 0.0)
+NOTHING_TO_GATHER = Gathering(ALONE, 0.0)
 """Of a move in which nothing is shared."""
 
 

@@ -78,18 +78,22 @@ class Replicas:
         """
         return []
 
-    def meet(self, entries: Sequence[Shared], ballot: Ballot) -> Gathering:
-        """Tell the other ranks what is about to come back; the all-gathers for it.
+    def gathering(self, ballot: Ballot) -> Gathering:
+        """All-gathers of a move, none of which is listed yet; see `meet`."""
+        return NOTHING_TO_GATHER
+
+    def meet(self, entries: Sequence[Shared], gathering: Gathering, ballot: Ballot) -> None:
+        """Tell the other ranks what is about to come back, and begin the all-gathers for it.
 
         Args:
             entries: all that is shared of what comes back, with device memory, in the order in which all ranks list it.
+            gathering: of the move; knows of what is on its way to that memory.
             ballot: of the move.
 
         Raises:
             StateChangedError: the others have something else away.
             PeerError: another rank failed or did not come in time.
         """
-        return NOTHING_TO_GATHER
 
     def close(self) -> None:
         """Let go of what connects the ranks."""
@@ -196,7 +200,10 @@ class HostReplicas(Replicas):
                 self._connect(peers, ballot)
         return whole
 
-    def meet(self, entries: Sequence[Shared], ballot: Ballot) -> Gathering:
+    def gathering(self, ballot: Ballot) -> Gathering:
+        return Gathering(ballot, self._seconds)
+
+    def meet(self, entries: Sequence[Shared], gathering: Gathering, ballot: Ballot) -> None:
         by_peers = _by_peers(entries)
         told = self._exchange(by_peers, ballot)
         for peers, mine in by_peers.items():
@@ -212,7 +219,7 @@ class HostReplicas(Replicas):
             if entry.share is not None
             for piece in entry.share.pieces()
         )
-        return Gathering(steps, ballot, self._seconds)
+        gathering.begin(steps)
 
     def close(self) -> None:
         for link in self._links.values():

@@ -128,15 +128,11 @@ class Transport:
                     chunk.copy_(source[at - host.offset :][:nbytes], non_blocking=True)
                     faults.point("onload.copied", chunk)
             if run.piece is not None:
-                self._gathering.follow(self._staging.queued())
+                self._gathering.follow(self._device.arrival(), self._staging.queued())
 
     def gather(self, gathering: Gathering) -> None:
-        """Use these all-gathers for what is shared, from here to the end of the move; all or none are then made."""
+        """Use these all-gathers for what is shared, from here to the end of the move; they may begin later."""
         self._gathering = gathering
-
-    def catch_up(self) -> None:
-        """Queue the all-gathers of all that `copy_in` was called for; waits where threads have to read for them."""
-        self._gathering.catch_up()
 
     def begin_reading(self, host: HostSlice) -> None:
         """Make sure that work queued from here on finds what `copy_in` has queued for a slice; call within `copying()`.
