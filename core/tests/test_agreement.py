@@ -120,8 +120,8 @@ def test_who_begins_a_call_is_not_taken_for_one_who_ends_it(store):
     pair = members(store)
     vote = pair[1].vote
 
-    def lose_the_store(number, what, patience):
-        vote(number, what, patience)
+    def lose_the_store(number, *said):
+        vote(number, *said)
         pair[1].vote = vote
         raise ConnectionError("gone")
 

@@ -297,8 +297,7 @@ class _GroupBallot(Ballot):
 
     def exchange(self, note: str, ranks: Collection[int]) -> Mapping[int, str]:
         number = self._come_to(NOTES)
-        self._agreement.leave_note(number, note)
-        self._vote_once()
+        self._vote_once(note=note)
         return self._agreement.notes(number, ranks)
 
     def look(self) -> None:
@@ -323,13 +322,14 @@ class _GroupBallot(Ballot):
             self._vote_once()
         return self._left[0][0]
 
-    def _vote_once(self, answers: str = "") -> Decision:
+    def _vote_once(self, answers: str = "", note: str | None = None) -> Decision:
         number, point = self._left[0]
         patience = 0.0 if point == "start" else self._call.patience
         # Who begins a call must not be taken for one who ends the same.
         where = {"start": "", ANSWERS: ", to the answers", NOTES: ", to the notes", None: ", to the end"}
         what = self._call.what + where.get(point, f", to the end of {point}")
-        decision, following = self._agreement.vote(number, f"{what}\n{answers}" if answers else what, patience)
+        said = f"{what}\n{answers}" if answers else what
+        decision, following = self._agreement.vote(number, said, patience, note)
         self._follow(decision, following)
         if self._is_void:
             raise decision.error(self._call.what)
@@ -362,6 +362,7 @@ class GroupAgreement(Agreement):
         self._line = StoreLine(store)
         self._tidied = 0  # there are no keys of rounds before this one
         self._noted: set[int] = set()  # the rounds in which this rank has left a note
+        self._newest = -1  # the last round in which this rank has voted, or has begun to
         self._ballot = _GroupBallot(self, _NOTHING, 0)
         self.name = str(self._ask(self._number))
         self._prefix = f"megastow/{self.name}"
@@ -394,28 +395,30 @@ class GroupAgreement(Agreement):
 
     # --- what a ballot asks ------------------------------------------------------------------------------------------
 
-    def vote(self, number: int, said: str, patience: float) -> tuple[Decision, int]:
+    def vote(self, number: int, said: str, patience: float, note: str | None = None) -> tuple[Decision, int]:
         """Vote in a round, and wait for the others; the decision, and the number of the next round.
 
         Args:
             number: of the round.
             said: what is called, and in a second line answers for the others.
             patience: seconds beyond the usual limit.
+            note: left for those who want to read it; see `notes`.
         """
         seconds = self._seconds + patience
+        is_new = number > self._newest  # asked again after an interruption, it must not count twice
+        self._newest = max(self._newest, number)
+
+        def work(store: Store) -> tuple[Decision, int]:
+            if note is not None:
+                store.set(self._note_key(number, self._rank), note)
+            return self._exchange(store, number, said, seconds, is_new)
+
+        if note is not None:
+            self._noted.add(number)
         try:
-            return self._line.ask(lambda store: self._exchange(store, number, said, seconds), seconds + _GRACE_SECONDS)
+            return self._line.ask(work, seconds + _GRACE_SECONDS)
         except Exception as error:  # of the line; perhaps the others have agreed before it broke
             return self.stop(number, _words(error))
-
-    def leave_note(self, number: int, note: str) -> None:
-        """Tell the others something, before voting in a round.
-
-        Raises:
-            PeerError: the store does not answer.
-        """
-        self._noted.add(number)
-        self._ask(lambda store: store.set(self._note_key(number, self._rank), note))
 
     def notes(self, number: int, ranks: Collection[int]) -> Mapping[int, str]:
         """What ranks told in a round that all have agreed in, until this one votes in the next.
@@ -426,8 +429,7 @@ class GroupAgreement(Agreement):
         keys = {rank: self._note_key(number, rank) for rank in ranks}
 
         def work(store: Store) -> dict[int, str]:
-            told = {rank: key for rank, key in keys.items() if store.check([key])}
-            found = dict(zip(told, store.multi_get(list(told.values())), strict=True)) if told else {}
+            found = self._those_there(store, keys)
             return {rank: found.get(rank, b"").decode() for rank in keys}
 
         return self._ask(work)
@@ -500,10 +502,10 @@ class GroupAgreement(Agreement):
     def _note_key(self, number: int, rank: int) -> str:
         return self._key(number, f"{rank}/note")
 
-    def _exchange(self, store: Store, number: int, said: str, seconds: float) -> tuple[Decision, int]:
+    def _exchange(self, store: Store, number: int, said: str, seconds: float, is_new: bool) -> tuple[Decision, int]:
         """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
         mine = self._key(number, self._rank)
-        is_new = not store.check([mine])  # asked again after an interruption, it must not count twice
+        is_new = is_new or not store.check([mine])
         if is_new:
             store.set(mine, said)
         is_last = store.add(self._key(number, "come"), int(is_new)) == len(self._ranks)
@@ -515,11 +517,9 @@ class GroupAgreement(Agreement):
 
     def _judge(self, store: Store, number: int, seconds: float) -> Decision:
         """What to make of those who have come."""
-        keys = {rank: self._key(number, rank) for rank in self._ranks}
-        if not store.check(list(keys.values())):
-            keys = {rank: key for rank, key in keys.items() if store.check([key])}
-        said = [each.decode().partition("\n") for each in store.multi_get(list(keys.values()))]
-        calls = dict(zip(keys, (call for call, _, _ in said), strict=True))
+        found = self._those_there(store, {rank: self._key(number, rank) for rank in self._ranks})
+        said = [each.decode().partition("\n") for each in found.values()]
+        calls = dict(zip(found, (call for call, _, _ in said), strict=True))
         by_call = {call: [rank for rank in calls if calls[rank] == call] for call in calls.values()}
         told = "; ".join(f"{_names(ranks)} called {call}" for call, ranks in by_call.items())
         missing = tuple(rank for rank in self._ranks if rank not in calls)
@@ -529,6 +529,13 @@ class GroupAgreement(Agreement):
         if len(by_call) > 1:
             return Decision("differ", f"the ranks differ: {told}", self._ranks)
         return Decision("agreed", answers=_counted(json.loads(answers) for _, _, answers in said if answers))
+
+    @staticmethod
+    def _those_there(store: Store, keys: Mapping[int, str]) -> dict[int, bytes]:
+        """What ranks have written under these keys, of those who have."""
+        if not store.check(list(keys.values())):
+            keys = {rank: key for rank, key in keys.items() if store.check([key])}
+        return dict(zip(keys, store.multi_get(list(keys.values())), strict=True)) if keys else {}
 
     def _decide(self, store: Store, number: int, decision: Decision, is_last: bool = False) -> tuple[Decision, int]:
         """Decide a round, if nobody has yet."""
