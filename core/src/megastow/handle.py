@@ -12,7 +12,9 @@ from megastow import threads
 from megastow.errors import DeviceMemoryError, ForkedProcessError, TransferError
 from megastow.report import TransferReport, format_bytes
 
-DEFAULT_WINDOW_BYTES = 2 << 30
+DEFAULT_WINDOW_BYTES = 4 << 30
+"""Of what is free at most. With 2 GiB, one direction of the link stood still while 2.6 GiB in one took the other."""
+
 _POLL_SECONDS = 0.0005
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import os
 import threading
@@ -606,8 +607,34 @@ class MemoryManager:
             strict=strict,
             non_blocking=non_blocking,
         )
-        inspect = self._inspection(strict, max_residue_bytes)
+        return self._offload(
+            wanted,
+            keep_grads=keep_grads,
+            release_workspaces=release_workspaces,
+            give_back=give_back,
+            inspect=self._inspection(strict, max_residue_bytes),
+            where=_Where.BACKGROUND if non_blocking else _Where.HERE,
+        )
 
+    def _offload_beside(self) -> TransferHandle:
+        """For `megastow.swap`: `offload(non_blocking=True, give_back=False)`, with the copies first and then the guard.
+
+        Until the guard is up, which takes milliseconds, the caller must not use the trainer.
+        """
+        handle = self._offload(ALL_KINDS, give_back=False, where=_Where.BESIDE)
+        assert isinstance(handle, TransferHandle)
+        return handle
+
+    def _offload(
+        self,
+        wanted: Sequence[StateKind],
+        *,
+        keep_grads: bool = False,
+        release_workspaces: bool = False,
+        give_back: bool = True,
+        inspect: Inspection | None = None,
+        where: _Where,
+    ) -> TransferReport | TransferHandle:
         def act(move: _Move) -> None:
             moving = [k for k in wanted if not self._engine.is_away(k)]
             if moving:
@@ -627,10 +654,10 @@ class MemoryManager:
                 move.notes.extend(self._engine.derive_notes())
             move.notes.extend(self._engine.sharing_notes(moving))
 
-        what = _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * non_blocking)
+        what = _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * (where is not _Where.HERE))
         rounds = (*[ANSWERS] * self._engine.derives(wanted), *[NOTES] * self._shares, None)
         call = Call(what, rounds)
-        return self._run("offload", wanted, act, non_blocking, call, release_workspaces=release_workspaces)
+        return self._run("offload", wanted, act, where, call, release_workspaces=release_workspaces)
 
     @overload
     def onload(
@@ -718,7 +745,7 @@ class MemoryManager:
         if self._engine.derives(wanted):
             rounds.insert(rounds.index(StateKind.WEIGHTS if non_blocking else None), ANSWERS)
         call = Call(_in_words("onload", wanted, "non_blocking" * non_blocking), tuple(rounds), wait_for_memory)
-        return self._run("onload", wanted, act, non_blocking, call)
+        return self._run("onload", wanted, act, _Where.BACKGROUND if non_blocking else _Where.HERE, call)
 
     def wait(self) -> None:
         """Wait until no move and no preparation of this manager is under way.
@@ -957,7 +984,7 @@ class MemoryManager:
         direction: Direction,
         wanted: Sequence[StateKind],
         act: Callable[[_Move], None],
-        non_blocking: bool,
+        where: _Where,
         call: Call,
         *,
         release_workspaces: bool = False,
@@ -975,7 +1002,9 @@ class MemoryManager:
                 except BaseException as error:
                     self._agreement.decline(error)
                     raise
-            return self._start(move, wanted, act) if non_blocking else self._make(move, wanted, act)
+            if where is _Where.HERE:
+                return self._make(move, wanted, act)
+            return self._start(move, wanted, act, guards=where is _Where.BACKGROUND)
 
     def _make(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferReport:
         """What every move has around it: the guard brought in line with the truth, the report."""
@@ -996,8 +1025,10 @@ class MemoryManager:
         logger.info("%s", report)
         return report
 
-    def _start(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferHandle:
-        """Guard what is about to move, and make the move in a thread."""
+    def _start(
+        self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None], *, guards: bool
+    ) -> TransferHandle:
+        """Guard what is about to move, unless the move is to do that when it has begun, and make it in a thread."""
         is_offload = move.direction == "offload"
         going = [kind for kind in wanted if self._engine.is_away(kind) is not is_offload]
         pending: Future[TransferReport] = Future()
@@ -1022,7 +1053,8 @@ class MemoryManager:
 
         try:
             self._engine.announce(going, Residency.OFFLOADING if is_offload else Residency.ONLOADING)
-            self._guard_what_is_away(arriving=None if is_offload else pending)
+            if guards:
+                self._guard_what_is_away(arriving=None if is_offload else pending)
             self._pending = pending
             threading.Thread(target=work, name=f"megastow-{move.direction}").start()
         except BaseException as error:  # also after the thread was started: it waits for the lock that we hold
@@ -1147,6 +1179,14 @@ def _clear_frames(error: BaseException | None) -> None:
             seen.add(id(error))
             traceback.clear_frames(error.__traceback__)
             left += [error.__cause__, error.__context__]
+
+
+class _Where(enum.Enum):
+    """In which thread a move is made: the caller's, or one of its own, where the caller goes on or waits beside it."""
+
+    HERE = enum.auto()
+    BACKGROUND = enum.auto()
+    BESIDE = enum.auto()
 
 
 class _Move:

@@ -27,7 +27,8 @@ def swap(
     Args:
         leaving: whose kinds go to host memory.
         coming: whose kinds come to the device; another manager on the same device.
-        window_bytes: extra device memory, so that neither direction waits for the other.
+        window_bytes: extra device memory, so that neither direction waits for the other. It should hold the largest
+            storage of either (a parameter buffer of Megatron's), which leaves and comes as one.
 
     Returns:
         The reports of the offload and of the onload.
@@ -46,7 +47,7 @@ def swap(
         manager.wait()
     leaves = _kinds(leaving, Residency.RESIDENT)
     comes = _kinds(coming, Residency.OFFLOADED)
-    out = leaving.offload(non_blocking=True, give_back=False)  # a driver waits for copies in flight before it frees
+    out = leaving._offload_beside()  # and keep the memory: a driver waits for copies in flight before it frees
     try:
         arrived = coming.onload(beside=out, window_bytes=window_bytes)
         gone = out.wait()

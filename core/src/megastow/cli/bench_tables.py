@@ -37,7 +37,7 @@ def bench_table(result: BenchResult) -> RenderableType:
         for row in first.rows:
             if row.is_baseline is is_baseline:
                 _add_row(table, row, is_cuda=result.device == "cuda")
-    notes = [Text(f"{row.id}: {'; '.join(row.notes)}", "dim") for row in first.rows if row.notes and row.figures]
+    notes = [Text(f"{row.id}: {'; '.join(row.notes)}", "dim") for row in first.rows if row.notes]
     memory = [f"{moment} {format_bytes(figures.driver_bytes)}" for moment, figures in first.memory.items()]
     where = "device memory, by the driver" if result.device == "cuda" else "resident memory"
     notes.append(Text(f"{where}: {', '.join(memory)}", "dim"))
@@ -49,10 +49,10 @@ def _bound_cells(bound: Bound) -> tuple[str, str, str]:
 
 
 def _add_row(table: Table, row: RowResult, *, is_cuda: bool) -> None:
-    """A line for each figure; one line with the reason, and the goals, where there are none."""
+    """A line for each figure; one with the goals where there are none, for the reason that is among the notes."""
     if not row.figures:
-        reason = Text(f"{row.status}: {'; '.join(row.notes)}", _STYLES[str(row.status)])
-        table.add_row(row.id, "", "", "", "", ", ".join(dict.fromkeys(map(str, row.goals.values()))), reason)
+        goals = ", ".join(dict.fromkeys(map(str, row.goals.values())))
+        table.add_row(row.id, Text(str(row.status), _STYLES[str(row.status)]), "", "", "", goals)
     for index, figure in enumerate(row.figures):
         table.add_row("" if index else row.id, *_figure_cells(figure, is_cuda=is_cuda))
 
