@@ -20,6 +20,8 @@ processes put one of them on their path.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import itertools
@@ -27,7 +29,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,20 @@ def parallel(session: nox.Session, groups: int) -> list[str]:
 
 def environment(session: nox.Session, version: str) -> str:
     """The interpreter of a Python version, with all that is needed installed; without that Python, a skip."""
+    with alone(session):
+        return make_environment(session, version)
+
+
+@contextlib.contextmanager
+def alone(session: nox.Session) -> Iterator[None]:
+    """One nox at a time makes what all share. Who comes meanwhile waits, and finds it made."""
+    with (Path(session.cache_dir) / "lock").open("w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def make_environment(session: nox.Session, version: str) -> str:
+    """Makes what is not there, or not up to date."""
     folder = Path(session.cache_dir).resolve().parent / f"python{version}"
     python = folder / "bin" / "python"
     if not python.exists():
@@ -356,6 +372,12 @@ def megatron_tree(session: nox.Session, row: Row, *, python: str, version: str =
         return None
     if row.source == "tree":
         session.error(f"{row.id} is a source tree: say where with MEGASTOW_MEGATRON='{row.id}=FOLDER'")
+    with alone(session):
+        return make_megatron_tree(session, row, python=python, version=version)
+
+
+def make_megatron_tree(session: nox.Session, row: Row, *, python: str, version: str) -> Path:
+    """Makes the folder, if it is not complete yet."""
     # By this name tools know what is installed; hypothesis reads the source of all else that a worker has imported.
     tree = Path(session.cache_dir).resolve() / "megatron" / f"{row.id}-python{version}" / "site-packages"
     marker = tree / "complete.txt"
