@@ -326,29 +326,6 @@ def what_cannot_be_started_is_told():
     manager.close()
 
 
-def arguments_that_are_wrong_on_one_rank():
-    """They are wrong on all, then: nobody waits for a rank that has made no move of it."""
-    _, manager = make()
-    wrong = [
-        (lambda: manager.offload("wieghts"), "wieghts"),
-        (lambda: manager.offload(max_residue_bytes=-1), "max_residue_bytes"),
-        (lambda: manager.onload(wait_for_memory=-1), "wait_for_memory"),
-    ]
-    for call, word in wrong:
-        with pytest.raises((InvalidArgumentError, PeerError), match=word) as raised:
-            call() if dist.get_rank() == 1 else manager.offload()
-        assert isinstance(raised.value, InvalidArgumentError) is (dist.get_rank() == 1)
-        assert_all(manager, Residency.RESIDENT)
-    for call, word in wrong:
-        with pytest.raises(InvalidArgumentError, match=word):
-            call()
-    manager.offload()
-    with pytest.raises(InvalidArgumentError, match="wieghts"):
-        manager.offload("wieghts")
-    manager.onload()
-    manager.close()
-
-
 def _cannot_start(start):
     def cannot(thread):
         if thread.name == "megastow-offload":

@@ -44,7 +44,6 @@ def ranks():
         "an_undoing_that_fails_on_one_rank",
         "an_interruption_after_all_have_confirmed",
         "what_cannot_be_started_is_told",
-        "arguments_that_are_wrong_on_one_rank",
         "a_manager_that_cannot_be_made",
         "a_manager_by_classic_arguments",
         "different_calls",

@@ -39,7 +39,6 @@ from megastow.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     ManagerClosedError,
-    MegastowError,
     NotOnHostError,
     OffloadedError,
     ResidueError,
@@ -600,22 +599,20 @@ class MemoryManager:
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
             InvalidTypeError, InvalidArgumentError: no such kind, or an argument is not what it should be.
         """
-        with self._declining():
-            wanted = parse_kinds(kinds)
-            arguments.flags(
-                keep_grads=keep_grads,
-                release_workspaces=release_workspaces,
-                give_back=give_back,
-                strict=strict,
-                non_blocking=non_blocking,
-            )
-            inspect = self._inspection(strict, max_residue_bytes)
+        wanted = parse_kinds(kinds)
+        arguments.flags(
+            keep_grads=keep_grads,
+            release_workspaces=release_workspaces,
+            give_back=give_back,
+            strict=strict,
+            non_blocking=non_blocking,
+        )
         return self._offload(
             wanted,
             keep_grads=keep_grads,
             release_workspaces=release_workspaces,
             give_back=give_back,
-            inspect=inspect,
+            inspect=self._inspection(strict, max_residue_bytes),
             where=_Where.BACKGROUND if non_blocking else _Where.HERE,
         )
 
@@ -725,15 +722,14 @@ class MemoryManager:
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
             InvalidTypeError, InvalidArgumentError: no such kind, or an argument is not what it should be.
         """
-        with self._declining():
-            wanted = parse_kinds(kinds)
-            arguments.flags(unverified=unverified, non_blocking=non_blocking)
-            arguments.duration("wait_for_memory", wait_for_memory)
-            arguments.whole_number("window_bytes", window_bytes, "bytes")
-            if beside is not None:
-                arguments.instance_of(
-                    "beside", beside, TransferHandle, "what offload(non_blocking=True) of another manager has returned"
-                )
+        wanted = parse_kinds(kinds)
+        arguments.flags(unverified=unverified, non_blocking=non_blocking)
+        arguments.duration("wait_for_memory", wait_for_memory)
+        arguments.whole_number("window_bytes", window_bytes, "bytes")
+        if beside is not None:
+            arguments.instance_of(
+                "beside", beside, TransferHandle, "what offload(non_blocking=True) of another manager has returned"
+            )
 
         def act(move: _Move) -> None:
             permit = None
@@ -975,17 +971,6 @@ class MemoryManager:
             if is_inside:  # of the very move that is pending
                 raise _called_inside()
             pending.exception()  # not within the lock, which the move takes
-
-    @contextlib.contextmanager
-    def _declining(self) -> Iterator[None]:
-        """Look at the arguments of a move: if they are none, the other ranks of the group are told, and do not wait."""
-        try:
-            yield
-        except MegastowError as error:
-            with contextlib.suppress(MegastowError), self._exclusive() as is_inside:
-                if not (is_inside or self._closed):
-                    self._agreement.decline(error)
-            raise
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
