@@ -28,7 +28,9 @@ from megastow import (
 )
 from megastow.agreement import _GroupBallot
 from megastow.gather import Gathering
+from megastow.host import HostRegion
 from megastow.plain import PlainBinding
+from megastow.refill import Refill
 from megastow.replicas import HostReplicas
 
 OUT = ["pack.bucket", "host.allocate", "offload.chunk", "offload.copied", "offload.confirm", "offload.drop"]
@@ -388,6 +390,41 @@ def chunks_that_are_on_their_way_before_the_ranks_meet():
         manager.onload()
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
+
+
+def memory_that_comes_in_another_order():
+    """A rank that waits for memory takes what fits; each all-gather is behind the chunk of its own piece even so."""
+    big, small = 8 * UNIT, 2 * UNIT
+    sizes = {"bucket_bytes": 1, "chunk_bytes": UNIT}
+    flat, manager = make(BEYOND_A_PAUSE, model=Flat(big, small), host_memory="pageable", **sizes)
+    before = snapshot(flat.tensors())
+    manager.offload()
+    blocks = junk([big, small])
+    asked = []
+
+    def free_bytes():  # the neighbour lets go when it was asked once
+        asked.append(1)
+        return small if len(asked) == 1 else big + small
+
+    def slow(region, offset, buffer, nbytes):
+        time.sleep(0.2)  # of the chunks that the others wait for
+        read(region, offset, buffer, nbytes)
+
+    def takes(move, part):
+        taken.extend(parked.nbytes for parked in part)
+        take(move, part)
+
+    taken, take, read = [], Refill._take, HostRegion.read
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr(manager._device, "free_bytes", free_bytes)
+            patch.setattr(HostRegion, "read", slow)
+            patch.setattr(Refill, "_take", staticmethod(takes))
+        manager.onload(wait_for_memory=LONG)
+    assert_same(before, snapshot(flat.tensors()))
+    assert taken == ([small, big] if dist.get_rank() == 0 else [])
+    manager.close()
+    del blocks
 
 
 def a_kind_that_fails_while_others_are_on_their_way():

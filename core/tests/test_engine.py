@@ -4,7 +4,7 @@ import pytest
 import torch
 from core_toys import Tensors, assert_same, device_bytes, junk, raw, snapshot
 
-from megastow import engine, faults
+from megastow import engine, faults, refill
 from megastow.agreement import Ballot
 from megastow.device import CpuDevice
 from megastow.engine import Engine, RegionKey
@@ -113,8 +113,8 @@ def test_the_device_is_waited_for_before_and_released_after():
 def mapped_pages(monkeypatch):
     """A device that gives memory back beside copies, every 100 bytes; and takes as little at a time."""
     monkeypatch.setattr(Counting, "frees_beside_copies", True)
-    for name in ("IN_FLIGHT_BYTES", "RETURNED_BYTES", "TAKEN_BYTES"):
-        monkeypatch.setattr(engine, name, 100)
+    for module, name in ((engine, "IN_FLIGHT_BYTES"), (engine, "RETURNED_BYTES"), (refill, "TAKEN_BYTES")):
+        monkeypatch.setattr(module, name, 100)
 
 
 def test_memory_goes_back_to_the_driver_while_others_are_on_their_way(mapped_pages):
@@ -130,7 +130,7 @@ def test_memory_goes_back_to_the_driver_while_others_are_on_their_way(mapped_pag
 
 
 def test_memory_is_taken_part_by_part_while_copies_are_under_way(monkeypatch):
-    monkeypatch.setattr(engine, "TAKEN_BYTES", 100)
+    monkeypatch.setattr(refill, "TAKEN_BYTES", 100)
     rig = Rig(
         bucket_bytes=1, weights=[torch.randn(20) for _ in range(3)], grad_buffers=[torch.zeros(20), torch.zeros(20)]
     )
@@ -145,7 +145,7 @@ def test_memory_is_taken_part_by_part_while_copies_are_under_way(monkeypatch):
 
     monkeypatch.setattr(Transport, "copy_in", noted)
     rig.engine.onload([W, G])
-    assert taken == [160, 160, 320]  # two storages, then one with the first of the zeros, which come last
+    assert taken == [160, 160, 240]  # two storages, then the last of its kind; zeros come after it
     assert_same(before, snapshot(rig.all))
     del blocks
 

@@ -11,9 +11,9 @@ from core_toys import KEPT, KINDS, Trainer, assert_same, raw, run_python, snapsh
 from torch.testing._internal.two_tensor import TwoTensor
 
 from megastow import NotOnHostError, OffloadedError, UnsupportedTensorError, create_memory_manager
-from megastow.engine import Parked
 from megastow.host_view import HostViews
 from megastow.on_host import on_host
+from megastow.parked import Parked
 from megastow.read_only import ReadOnlyTensor
 from megastow.state import StateKind
 

@@ -30,25 +30,21 @@ share (`replicas.py`), is released after that vote, too: a rank cannot refill it
 from __future__ import annotations
 
 import contextlib
-import itertools
-import time
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 
 from megastow import faults, machine
 from megastow.agreement import ALONE, Ballot
+from megastow.clock import KindClock
 from megastow.derived import DerivableBuffer, WeightDeriver
-from megastow.device import Arrival, Device, Direction, Stopwatch
-from megastow.digest import SCRATCH_BYTES, Digest, Digester, digest
+from megastow.device import Arrival, Device, Direction
+from megastow.digest import Digest, Digester
 from megastow.disk import DiskFolder
 from megastow.errors import (
-    CorruptionError,
-    DeviceMemoryError,
     MegastowError,
     OffloadedError,
     StateChangedError,
@@ -58,19 +54,28 @@ from megastow.flat import FlatTensors
 from megastow.forking import process_lock
 from megastow.head_start import Begun, LastPlaces
 from megastow.host import HostArena, align_up
-from megastow.plan import KindPlan, MovePlan
+from megastow.parked import (
+    Parked,
+    RegionKey,
+    host_sizes,
+    is_kept,
+    leave_out,
+    planned_as_parked,
+    planned_for,
+    region_key,
+    report_on,
+)
+from megastow.plan import MovePlan
+from megastow.refill import Permit, Refill
 from megastow.replicas import NO_REPLICAS, Replicas
-from megastow.report import KindReport, format_bytes
-from megastow.shares import Share
+from megastow.report import KindReport
 from megastow.staging import StagedArrival, Staging
-from megastow.state import ORDER_OF_USE, Inventory, Ranks, Residency, StateKind
-from megastow.storages import StorageRecord, _some, belongs_to, byte_view, find_storages, storage_id
-from megastow.tiers import HostMemory, Placement, Region, Tier
+from megastow.state import ORDER_OF_USE, Inventory, Residency, StateKind
+from megastow.storages import StorageRecord, _some, find_storages, storage_id
+from megastow.tiers import HostMemory, Region
 from megastow.transport import HostSlice, Transport
 
 DEFAULT_BUCKET_BYTES = 512 << 20
-
-_RETRY_SECONDS = 0.001
 
 IN_FLIGHT_BYTES = 2 << 30
 """Copies of an offload that are queued at a time, if there are that many: enough to keep the link busy, and so few that
@@ -79,27 +84,6 @@ storages are given up soon, and that copies of another manager, the other way, a
 
 RETURNED_BYTES = 1 << 30
 """What an offload has released when it hands that back to the driver, if it need not wait for copies to do so."""
-
-TAKEN_BYTES = 1 << 30
-"""Device memory that an onload takes before it queues the copies to it."""
-
-
-class Permit(Protocol):
-    """Asked before device memory is taken."""
-
-    def __call__(self, sizes: Sequence[int], taken: int) -> int:
-        """Wait until one of the storages that are left may be taken; raise if none ever can.
-
-        Args:
-            sizes: their bytes, the one that is wanted soonest first.
-            taken: bytes that the move has taken before.
-
-        Returns:
-            The first that may be taken, as an index.
-        """
-
-    def may_wait(self) -> bool:
-        """Whether it is worth trying again where an allocation has failed all the same."""
 
 
 Inspection = Callable[[Sequence[torch.UntypedStorage]], None]
@@ -110,70 +94,6 @@ copy when it is content."""
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 _CLAIMING = process_lock()
 """All engines of the process, and what is held while one of them looks at what the others have."""
-
-
-class RegionKey(NamedTuple):
-    """What has a region of host memory to itself.
-
-    Attributes:
-        kind: the kind.
-        transient: what is transient of it, or what is lasting.
-        is_shared: what ranks may share of it, or what is this rank's own.
-    """
-
-    kind: StateKind
-    transient: bool = False
-    is_shared: bool = False
-
-
-@dataclass
-class Parked:
-    """A storage whose bytes are in host memory. See [Note: what is true at which moment].
-
-    Attributes:
-        storage: the released storage; it has zero bytes, and every tensor on it still points at it.
-        nbytes: what it had, and gets back.
-        kind: the kind it moves with.
-        names: what the inventory called the tensors on it.
-        host: its bytes, or None if they were not kept and it comes back as zeros, or is rebuilt.
-        peers: the ranks that may share it; see `replicas`.
-        released: whether the device side was (or was about to be) given up.
-        digest: of its bytes when they left; None where none was asked for, and where it comes back as zeros.
-    """
-
-    storage: torch.UntypedStorage
-    nbytes: int
-    kind: StateKind
-    names: tuple[str, ...]
-    host: HostSlice | None
-    peers: Ranks = ()
-    released: bool = False
-    digest: Digest | None = None
-
-    @property
-    def is_derived(self) -> bool:
-        """Whether nothing was kept because its bytes are rebuilt from others, and have to be what they were."""
-        return self.host is None and self.digest is not None
-
-    @property
-    def share(self) -> Share | None:
-        """What this rank keeps of it; None for the whole, or nothing."""
-        return None if self.host is None else self.host.share
-
-    @property
-    def digest_value(self) -> int | None:
-        """Its digest, once that was read."""
-        return None if self.digest is None else self.digest.value
-
-    @property
-    def leaves_last(self) -> bool:
-        """Whether it cannot be refilled by this rank alone, and so is released after all that could fail."""
-        return self.host is None or bool(self.peers)
-
-    @property
-    def is_orphan(self) -> bool:
-        """Whether no tensor is left on the storage and nobody else holds it, so that nobody would miss it."""
-        return self.share is None and belongs_to(self, 0)
 
 
 @dataclass(frozen=True)
@@ -189,7 +109,7 @@ class Offload:
     """
 
     kinds: Collection[StateKind]
-    clock: _KindClock
+    clock: KindClock
     give_back: bool
     inspect: Inspection | None
     ballot: Ballot
@@ -223,6 +143,7 @@ class Engine:
         staging = Staging(device, chunk_bytes)
         self._arena = HostArena(device, host_memory, folder, staging)
         self._transport = Transport(device, chunk_bytes, staging)
+        self._refill = Refill(device, self._transport, self._digester, digests, self._deriver, replicas)
         self._flat = FlatTensors(device, bucket_bytes)
         self._parked: dict[StateKind, list[Parked]] = {}
         self._moving: dict[StateKind, Residency] = {}
@@ -315,12 +236,12 @@ class Engine:
         records = self.find(inventory, here)
         candidates = self._mark_candidates(records)
         unit = self._arena.unit_bytes
-        sizes = _host_sizes(records, keep_grads, unit)
+        sizes = host_sizes(records, keep_grads, unit)
         placement = self._arena.place(sizes)
         entries = {
-            kind: _as_planned(kind, self.residency(kind), records, keep_grads, placement, unit)
+            kind: planned_for(kind, self.residency(kind), records, keep_grads, placement, unit)
             if kind in here
-            else _as_parked(kind, self.residency(kind), self._parked[kind], unit)
+            else planned_as_parked(kind, self.residency(kind), self._parked[kind], unit)
             for kind in kinds
         }
         return MovePlan(
@@ -354,7 +275,7 @@ class Engine:
         with self._during("preparation", here, Residency.RESIDENT):
             self._device.synchronize()
             records = self._pack(inventory, here, False, self._mark_candidates)
-            return _host_sizes(records, False, self._arena.unit_bytes)
+            return host_sizes(records, False, self._arena.unit_bytes)
 
     def reserve(self, sizes: Mapping[RegionKey, int]) -> int:
         """Make host memory ready for the next offload; returns the bytes now held.
@@ -412,13 +333,13 @@ class Engine:
             if inspect is not None:
                 inspect(())
             return reports
-        clock = _KindClock()
+        clock = KindClock()
         proofs: dict[int, Digest | None] = {}
 
         def prove(records: Sequence[StorageRecord]) -> Collection[int]:
             if self._deriver is not None and StateKind.WEIGHTS in kinds:
                 proofs.update(self._deriver.prove(records, self._main_is_here, ballot))
-            _leave_out(records, [key for key, proof in proofs.items() if proof is not None])
+            leave_out(records, [key for key, proof in proofs.items() if proof is not None])
             return proofs.keys()
 
         with (
@@ -434,7 +355,7 @@ class Engine:
                 self._device.release_cached()
             seconds = clock.seconds()
             for kind, entries in {**plans, **unfinished}.items():
-                reports[kind] = _report(kind, entries, seconds[kind], self._arena.unit_bytes)
+                reports[kind] = report_on(kind, entries, seconds[kind], self._arena.unit_bytes)
         return reports
 
     def onload(
@@ -490,10 +411,10 @@ class Engine:
                     notes.append(f"{len(orphans)} storages of {kind} were dropped by their owners while away")
                     self._parked[kind] = [p for p in self._parked[kind] if not p.is_orphan]
             self._device.synchronize_stream()  # not the device: it is busy with copies of whoever makes room
-            clock = _KindClock()
+            clock = KindClock()
             entries = {kind: self._parked[kind] for kind in moving}
             try:
-                self._refill(entries, clock, permit, None if arrived is None else tell, unverified, ballot)
+                self._refill.run(entries, clock, permit, None if arrived is None else tell, unverified, ballot)
             except BaseException as error:
                 is_confirmed = not ballot.withdraw(error)
                 self._forget([kind for kind in moving if is_confirmed or ballot.has_confirmed(kind)])
@@ -501,7 +422,7 @@ class Engine:
             self._forget(moving)
             seconds = clock.seconds()
             for kind in moving:
-                reports[kind] = _report(kind, entries[kind], seconds[kind], self._arena.unit_bytes)
+                reports[kind] = report_on(kind, entries[kind], seconds[kind], self._arena.unit_bytes)
         return reports, notes
 
     def announce(self, kinds: Collection[StateKind], residency: Residency) -> None:
@@ -550,7 +471,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _head_start(
-        self, kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock
+        self, kinds: Sequence[StateKind], keep_grads: bool, clock: KindClock
     ) -> Iterator[Mapping[int, Begun]]:
         """Begin with the copies of the last offload, while it is found out what this one has to copy.
 
@@ -568,7 +489,7 @@ class Engine:
         finally:
             self._claimed = set()
 
-    def _begin_as_last_time(self, kinds: Sequence[StateKind], keep_grads: bool, clock: _KindClock) -> dict[int, Begun]:
+    def _begin_as_last_time(self, kinds: Sequence[StateKind], keep_grads: bool, clock: KindClock) -> dict[int, Begun]:
         """Queue the copies of the last offload, of storages that no other manager moves; holds none of them after."""
         with _CLAIMING:
             taken = self._taken_by_others()
@@ -607,19 +528,19 @@ class Engine:
         """
         records = self.find(inventory(), kinds)
         on_their_own = derive(records)
-        self._arena.check(_host_sizes(records, keep_grads, self._arena.unit_bytes))
+        self._arena.check(host_sizes(records, keep_grads, self._arena.unit_bytes))
         if not self._flat.pack([r for r in records if storage_id(r.storage) not in on_their_own]):
             return records
         self._device.synchronize()
         derived = {storage_id(r.storage) for r in records if r.derived}
         records = self.find(inventory(), kinds)
-        _leave_out(records, derived)
+        leave_out(records, derived)
         return records
 
     def _mark_candidates(self, records: Sequence[StorageRecord]) -> Collection[int]:
         """Take for derived what may well be, where nothing moves yet; its storages by identity."""
         candidates = {} if self._deriver is None else self._deriver.candidates(records)
-        _leave_out(records, candidates if self._main_is_here else ())
+        leave_out(records, candidates if self._main_is_here else ())
         return candidates.keys()
 
     @property
@@ -645,13 +566,13 @@ class Engine:
         records: Sequence[StorageRecord],
         kinds: Sequence[StateKind],
         keep_grads: bool,
-        clock: _KindClock,
+        clock: KindClock,
         proofs: Mapping[int, Digest | None],
     ) -> dict[StateKind, list[Parked]]:
         """Give every storage that is kept a place in host memory."""
         plans: dict[StateKind, list[Parked]] = {kind: [] for kind in kinds}
         unit = self._arena.unit_bytes
-        sizes = _host_sizes(records, keep_grads, unit)
+        sizes = host_sizes(records, keep_grads, unit)
         offsets = dict.fromkeys(sizes, 0)
         regions: dict[RegionKey, Region] = {}
         for key, nbytes in sizes.items():
@@ -665,8 +586,8 @@ class Engine:
                     plans[kind].append(parked)
                     if record.derived:
                         parked.digest = proofs[storage_id(record.storage)]
-                    elif _is_kept(record, keep_grads):
-                        key = _region_key(record)
+                    elif is_kept(record, keep_grads):
+                        key = region_key(record)
                         parked.host = HostSlice(regions[key], offsets[key], record.kept_bytes, record.share)
                         offsets[key] += align_up(record.kept_bytes, unit)
         return plans
@@ -742,15 +663,15 @@ class Engine:
             ballot.confirm()
             self._drop(plans, clock)
         except BaseException as error:
-            self._settle()  # ahead of a wait in which a user loses patience
+            self._transport.settle()  # ahead of a wait in which a user loses patience
             is_confirmed = not ballot.withdraw(error)
             dropped = (p for entries in plans.values() for p in entries if p.leaves_last and id(p) not in gone)
             if is_confirmed or any(p.released for p in dropped):
-                self._drop(plans, _KindClock())  # half dropped would be neither the old gradients nor zeros
+                self._drop(plans, KindClock())  # half dropped would be neither the old gradients nor zeros
                 raise
             # What is shared and was away before the call stays away: it takes all ranks to bring it back.
             undone = {k: entries for k, entries in plans.items() if not any(p.share and p.released for p in entries)}
-            self._refill(undone, _KindClock())
+            self._refill.run(undone, KindClock())
             self.released_bytes = before
             self._forget(undone)
             raise
@@ -781,7 +702,7 @@ class Engine:
                     taken.update(storage_id(parked.storage) for parked in entries)
         return taken
 
-    def _copy_out(self, parked: Parked, clock: _KindClock) -> StagedArrival:
+    def _copy_out(self, parked: Parked, clock: KindClock) -> StagedArrival:
         """Queue the copy of a storage; what to wait for."""
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
@@ -795,7 +716,7 @@ class Engine:
         if parked.digest is None and (self._makes_digests or parked.peers):
             parked.digest = self._digester.begin(parked.storage, after)
 
-    def _release(self, parked: Parked, arrival: StagedArrival, clock: _KindClock) -> None:
+    def _release(self, parked: Parked, arrival: StagedArrival, clock: KindClock) -> None:
         """Give up the device side of a storage when its copy has arrived."""
         faults.point("offload.confirm")
         arrival.wait()
@@ -810,7 +731,7 @@ class Engine:
             parked.storage.resize_(0)
             self.released_bytes += parked.nbytes
 
-    def _keep_whole(self, different: Collection[Parked], clock: _KindClock) -> None:
+    def _keep_whole(self, different: Collection[Parked], clock: KindClock) -> None:
         """Copy what ranks cannot share after all, and what has its place on the host beside it; nothing was released.
 
         Raises:
@@ -839,7 +760,7 @@ class Engine:
                     self._transport.copy_out(parked.storage, parked.host)
         self._transport.confirm()
 
-    def _drop(self, plans: Mapping[StateKind, list[Parked]], clock: _KindClock) -> None:
+    def _drop(self, plans: Mapping[StateKind, list[Parked]], clock: KindClock) -> None:
         """Release what had to wait for all ranks, and what was not kept. Doing it again is fine."""
         for kind, entries in plans.items():
             with clock.running(kind):
@@ -848,364 +769,3 @@ class Engine:
                         parked.released = True
                         parked.storage.resize_(0)
                         self.released_bytes += parked.nbytes
-
-    def _refill(
-        self,
-        plans: Mapping[StateKind, Sequence[Parked]],
-        clock: _KindClock,
-        permit: Permit | None = None,
-        arrived: Callable[[StateKind], None] | None = None,
-        unverified: bool = False,
-        ballot: Ballot = ALONE,
-    ) -> None:
-        """Take device memory for everything that was released, fill it, and compare digests; all of it or nothing.
-
-        With `arrived` it is kind by kind: that is called with each whose bytes are all here, and a failure after it
-        undoes the other kinds only. What all ranks have confirmed is not undone.
-        """
-        for entries in plans.values():
-            for parked in entries:
-                self._check_untouched(parked)
-        released = [p for entries in plans.values() for p in entries if p.released]
-        compares = self._makes_digests and not unverified
-        makes_digests = compares or (not unverified and any(p.is_derived for p in released))
-        shared = [p for p in released if p.share is not None]
-        scratch = SCRATCH_BYTES if makes_digests and any(p.digest is not None for p in released) else 0
-        needed = sum(p.nbytes for p in released) + scratch
-        if permit is None:
-            free = self._device.free_bytes()
-            if free is not None and needed > free:
-                raise _no_device_memory(plans, needed, free)
-        taken: list[Parked] = []
-        arrivals: dict[StateKind, StagedArrival] = {}
-        digests: list[tuple[Parked, Digest, Digest]] = []
-
-        def fill(part: Iterable[Parked]) -> None:
-            with self._device.copying(Direction.IN):
-                for parked in part:
-                    with clock.copying(parked.kind, self._device):
-                        self._copy_in(parked)
-                        if parked.share is None:
-                            begin_digest(parked)
-                    arrivals[parked.kind] = self._transport.arrival()
-
-        def begin_digest(parked: Parked) -> None:
-            if compares and parked.host is not None and parked.digest is not None:
-                self._transport.begin_reading(parked.host)
-                digests.append((parked, parked.digest, self._digester.begin(parked.storage)))
-
-        try:
-            # Part by part, so that the link is busy while the next part is taken; and with a permit, each kind that
-            # somebody is told of before the next one waits for memory. What is shared at first, and gathered when all
-            # ranks have memory for it, before we wait for other memory or vote: the other ranks wait for it.
-            gathering = self._replicas.gathering(ballot)
-            self._transport.gather(gathering)
-            for part in self._taking(shared, taken, clock, permit, scratch):
-                fill(part)
-            self._replicas.meet(shared, gathering, ballot)
-            with self._device.copying(Direction.IN):
-                for parked in shared:
-                    begin_digest(parked)
-            for kinds in [list(plans)] if permit is None or arrived is None else [[kind] for kind in plans]:
-                left = [p for kind in kinds for p in plans[kind] if p.released and p.share is None]
-                for part in self._taking(left, taken, clock, permit, scratch):
-                    fill(part)
-                if arrived is not None:
-                    for kind in kinds:
-                        self._confirm(kind, arrivals, clock)
-                        self._compare([each for each in digests if each[0].kind is kind])
-                        self._rebuild(plans, kind, clock, unverified, ballot)
-                        ballot.confirm(kind)
-                        for parked in plans[kind]:
-                            parked.released = False
-                        arrived(kind)
-            if arrived is None:
-                for kind in plans:
-                    self._confirm(kind, arrivals, clock)
-                self._compare(digests)
-                self._rebuild(plans, StateKind.WEIGHTS, clock, unverified, ballot)
-            self._transport.confirm()
-            if arrived is None:
-                ballot.confirm()
-        except BaseException as error:
-            self._settle()
-            is_confirmed = not ballot.withdraw(error)
-            for parked in taken:
-                if is_confirmed or ballot.has_confirmed(parked.kind):
-                    parked.released = False
-                elif parked.released:
-                    parked.storage.resize_(0)
-            self._device.release_cached()
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise _no_device_memory(plans, needed, self._device.free_bytes()) from error
-            raise
-        for parked in taken:
-            parked.released = False
-
-    @staticmethod
-    def _confirm(kind: StateKind, arrivals: Mapping[StateKind, StagedArrival], clock: _KindClock) -> None:
-        """Wait until all copies of a kind have arrived."""
-        faults.point("onload.confirm")
-        if kind in arrivals:
-            arrivals[kind].wait()
-            clock.add(kind, arrivals[kind].host_seconds)
-
-    def _compare(self, digests: Sequence[tuple[Parked, Digest, Digest]]) -> None:
-        """Hold the digests of storages when they left against those of what has arrived.
-
-        Raises:
-            CorruptionError: some differ.
-        """
-        self._digester.read(digest for _, left, came in digests for digest in (left, came))
-        damaged = [parked for parked, left, came in digests if left.value != came.value]
-        if damaged:
-            raise _corrupted(damaged)
-
-    def _rebuild(
-        self,
-        plans: Mapping[StateKind, Sequence[Parked]],
-        kind: StateKind,
-        clock: _KindClock,
-        unverified: bool,
-        ballot: Ballot,
-    ) -> None:
-        """Fill what is derived, if that is what has arrived but for it; see `WeightDeriver.rebuild`."""
-        if self._deriver is None or kind is not StateKind.WEIGHTS or kind not in plans:
-            return
-        derived = {storage_id(p.storage): p.digest for p in plans[kind] if p.released and p.host is None and p.digest}
-        if not derived and ballot is ALONE:  # nobody else asks for ours; so it is in an undoing
-            return
-        with clock.running(kind):
-            self._deriver.rebuild(derived, ballot, unverified=unverified)
-
-    def _taking(
-        self,
-        left: Sequence[Parked],
-        taken: list[Parked],
-        clock: _KindClock,
-        permit: Permit | None,
-        scratch: int,
-    ) -> Iterator[list[Parked]]:
-        """Take device memory, and tell what can be filled: in large parts, or with a permit as there is room for it."""
-        left = sorted(left, key=lambda parked: parked.host is None)  # the link need not wait for memory of zeros
-        while permit is None and left:
-            reach = itertools.accumulate(parked.nbytes for parked in left)
-            number = next((n for n, nbytes in enumerate(reach, 1) if nbytes >= TAKEN_BYTES), len(left))
-            part, left = left[:number], left[number:]
-            self._take(part, taken, clock, permit)
-            yield part
-        if permit is None:
-            return
-        sizes = [parked.nbytes + scratch for parked in left]
-        taken_bytes = sum(parked.nbytes for parked in taken)
-        while left:
-            chosen = permit(sizes, taken_bytes)
-            part = [left.pop(chosen)]
-            taken_bytes += sizes.pop(chosen) - scratch
-            self._take(part, taken, clock, permit)
-            yield part
-
-    @staticmethod
-    def _take(batch: Iterable[Parked], taken: list[Parked], clock: _KindClock, permit: Permit | None) -> None:
-        """Take device memory for storages, and note which."""
-        for parked in batch:
-            with clock.running(parked.kind):
-                faults.point("onload.reserve")
-                taken.append(parked)
-                while parked.storage.nbytes() != parked.nbytes:
-                    try:
-                        parked.storage.resize_(parked.nbytes)
-                    except torch.cuda.OutOfMemoryError:  # what is free may be in pieces
-                        if permit is None or not permit.may_wait():
-                            raise
-                        time.sleep(_RETRY_SECONDS)
-
-    def _copy_in(self, parked: Parked) -> None:
-        """Queue the filling of a storage, with its bytes or with zeros."""
-        if parked.host is None:
-            with self._device.filling():
-                byte_view(parked.storage).zero_()
-        else:
-            self._transport.copy_in(parked.host, parked.storage)
-
-    def _settle(self) -> None:
-        """Wait for copies of a failed move, so that nothing writes any more; what failed them is known already."""
-        self._transport.settle()
-
-    @staticmethod
-    def _check_untouched(parked: Parked) -> None:
-        found = parked.storage.nbytes()
-        if parked.released and found not in (0, parked.nbytes):
-            raise StateChangedError(
-                f"the storage of {parked.names[0]} ({parked.kind}) was released with {parked.nbytes} bytes to come "
-                f"back, and now has {found}: something resized it while it was away. Its bytes are safe in host "
-                "memory; resize it to 0 again and repeat the call"
-            )
-
-
-class _KindClock:
-    """Seconds that each kind's part of a move took, on the host and on the copy streams."""
-
-    def __init__(self) -> None:
-        self._host: defaultdict[StateKind, float] = defaultdict(float)
-        self._watches: list[tuple[StateKind, Stopwatch]] = []
-
-    @contextlib.contextmanager
-    def running(self, kind: StateKind) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._host[kind] += time.perf_counter() - start
-
-    def add(self, kind: StateKind, seconds: float) -> None:
-        self._host[kind] += seconds
-
-    @contextlib.contextmanager
-    def copying(self, kind: StateKind, device: Device) -> Iterator[None]:
-        watch = device.stopwatch()
-        self._watches.append((kind, watch))
-        yield
-        watch.stop()
-
-    def seconds(self) -> Mapping[StateKind, float]:
-        """By kind; valid once the copies have been confirmed."""
-        found = defaultdict(float, self._host)
-        for kind, watch in self._watches:
-            found[kind] += watch.seconds()
-        return found
-
-
-def _region_key(record: StorageRecord) -> RegionKey:
-    """Which region of host memory a storage goes to."""
-    return RegionKey(record.kind, record.transient, bool(record.peers))
-
-
-def _leave_out(records: Iterable[StorageRecord], derived: Collection[int]) -> None:
-    """Note which storages, by identity, are derived: they are not copied out, and so not shared with other ranks."""
-    for record in records:
-        record.derived = storage_id(record.storage) in derived
-        if record.derived:
-            record.peers, record.share = (), None
-
-
-def _is_kept(record: StorageRecord, keep_grads: bool) -> bool:
-    """Whether the bytes of a storage are to be copied out."""
-    return not record.derived and (record.keep or keep_grads)
-
-
-def _host_sizes(records: Iterable[StorageRecord], keep_grads: bool, unit: int) -> dict[RegionKey, int]:
-    """Host bytes for the storages that are kept, by region, the one that is needed soonest first."""
-    sizes: dict[RegionKey, int] = {}
-    for record in records:
-        if _is_kept(record, keep_grads):
-            key = _region_key(record)
-            sizes[key] = sizes.get(key, 0) + align_up(record.kept_bytes, unit)
-    return {key: sizes[key] for key in sorted(sizes, key=lambda key: (ORDER_OF_USE.index(key.kind), not key.transient))}
-
-
-def _as_planned(
-    kind: StateKind,
-    residency: Residency,
-    records: Iterable[StorageRecord],
-    keep_grads: bool,
-    placement: Placement,
-    unit: int,
-) -> KindPlan:
-    mine = [record for record in records if record.kind is kind]
-    lasting = [record for record in mine if not record.transient]
-    kept = [(placement.tiers[_region_key(r)], align_up(r.kept_bytes, unit)) for r in mine if _is_kept(r, keep_grads)]
-    return KindPlan(
-        kind,
-        residency,
-        num_tensors=sum(len(r.tensors) for r in mine),
-        device_bytes=sum(r.nbytes for r in mine),
-        host_bytes=_in_memory(kept),
-        disk_bytes=_on_disk(kept),
-        tier=next((placement.tiers[key] for key in map(_region_key, lasting) if key in placement.tiers), None),
-        derived_bytes=sum(r.nbytes for r in mine if r.derived),
-    )
-
-
-def _as_parked(kind: StateKind, residency: Residency, entries: Sequence[Parked], unit: int) -> KindPlan:
-    report = _report(kind, entries, 0.0, unit)
-    tier = next((p.host.region.tier for p in entries if p.host is not None), None)
-    return KindPlan(
-        kind,
-        residency,
-        report.num_tensors,
-        report.device_bytes,
-        report.host_bytes,
-        report.disk_bytes,
-        tier,
-        report.derived_bytes,
-    )
-
-
-def _report(kind: StateKind, entries: Sequence[Parked], seconds: float, unit: int) -> KindReport:
-    kept = [(p.host.region.tier, align_up(p.host.nbytes, unit)) for p in entries if p.host is not None]
-    return KindReport(
-        kind,
-        moved=True,
-        num_tensors=sum(len(p.names) for p in entries),
-        device_bytes=sum(p.nbytes for p in entries),
-        host_bytes=_in_memory(kept),
-        seconds=seconds,
-        disk_bytes=_on_disk(kept),
-        derived_bytes=sum(p.nbytes for p in entries if p.is_derived),
-    )
-
-
-def _in_memory(kept: Iterable[tuple[Tier, int]]) -> int:
-    return sum(nbytes for tier, nbytes in kept if tier is not Tier.DISK)
-
-
-def _on_disk(kept: Iterable[tuple[Tier, int]]) -> int:
-    return sum(nbytes for tier, nbytes in kept if tier is Tier.DISK)
-
-
-def _no_device_memory(plans: Mapping[StateKind, object], needed: int, free: int | None) -> DeviceMemoryError:
-    return DeviceMemoryError(
-        f"bringing back {', '.join(plans)} needs {format_bytes(needed)} of device memory, but "
-        f"{format_bytes(free)} are free: somebody else still holds the device. Everything is safe in host memory; "
-        "free device memory, then onload",
-        needed_bytes=needed,
-        free_bytes=free,
-    )
-
-
-def _corrupted(damaged: Sequence[Parked]) -> CorruptionError:
-    """What to say of storages that came back with other bytes than left; reads their host copies."""
-    tensors: dict[str, list[str]] = {}
-    for parked in damaged:
-        tensors.setdefault(str(parked.kind), []).extend(parked.names)
-    found = "; ".join(f"{_some(tuple(names))} ({kind})" for kind, names in tensors.items())
-    shared = [p for p in damaged if p.share is not None]
-    changed = [p for p in damaged if p.share is None and _is_damaged_on_host(p)]
-    if shared and not changed:
-        reason = (
-            "Several ranks keep parts of it in host memory, and this one cannot tell whether one of those is damaged, "
-            "or only the way back was bad. Repeat the call; if it fails again, onload(unverified=True) brings back "
-            "what there is: load a checkpoint then, or bear the damage"
-        )
-    elif changed:
-        names = tuple(name for parked in changed for name in parked.names)
-        reason = (
-            f"The copy in host memory itself is damaged ({_some(names)}), so that a repeated call fails too. It is "
-            "kept, and onload(unverified=True) brings it back as it is: load a checkpoint then, or bear the damage"
-        )
-    else:
-        reason = "The copy in host memory is good, and only its way back was bad: repeat the call"
-    return CorruptionError(
-        f"other bytes came back than have left, and nothing was brought back: storages of {found}. {reason}",
-        tensors={kind: tuple(names) for kind, names in tensors.items()},
-        host_is_damaged=bool(changed or shared),
-    )
-
-
-def _is_damaged_on_host(parked: Parked) -> bool:
-    """Whether what the host keeps is not what left; so it is if it cannot be read."""
-    assert parked.host is not None
-    assert parked.digest is not None
-    try:
-        return int(digest(parked.host.bytes())) != parked.digest.value
-    except OSError:
-        return True

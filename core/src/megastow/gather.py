@@ -19,7 +19,8 @@ Memory that an all-gather still writes to must not be given back, so `settle` wa
 given up. gloo ends each within its own limit, at the latest. NCCL's ends when the communicator has been aborted, which
 torch tries in a thread here, and which NCCL may not manage; then this rank waits, as any use of its device would. When
 torch's watchdog notices that a peer has died, it ends the process, as it does in training
-(`TORCH_NCCL_ASYNC_ERROR_HANDLING`). Nothing of that changes what is on the host.
+(`TORCH_NCCL_ASYNC_ERROR_HANDLING`). The same wait may come where memory for what is not shared is taken beside an
+all-gather, and a driver gives some back for that. Nothing of that changes what is on the host.
 
 The communicators are ours alone: of the ranks of one host, apart from those of the training, so that no collective of
 the training can come between, also not from another thread. Each takes the device memory that NCCL takes for one.
@@ -44,15 +45,12 @@ from megastow import threads
 from megastow.agreement import ALONE, Ballot
 from megastow.device import Arrival, Device, Direction, Work
 from megastow.errors import MegastowError, PeerError
-from megastow.shares import Piece
+from megastow.shares import Piece, Share
 from megastow.state import Ranks
-from megastow.storages import byte_view
+from megastow.storages import byte_view, storage_id
 from megastow.store import StoreLine, store_of
 
 logger = logging.getLogger(__name__)
-
-_AHEAD = 4
-"""How many chunks that threads read may be under way ahead of the all-gather that needs the first of them."""
 
 _POLL_SECONDS = 2e-4
 _LOOK_SECONDS = 0.25
@@ -246,49 +244,51 @@ class Gathering:
         self._steps: Sequence[Step] = ()
         self._ballot = ballot
         self._seconds = seconds
-        self._chunks: list[_Chunk] = []  # of each step that was followed
+        self._chunks: dict[tuple[int, int], _Chunk] = {}  # by identity of the storage, and where the piece begins
         self._works: list[Work] = []  # of each step that was begun
         self._num_done = 0
 
-    def begin(self, steps: Iterable[Step]) -> None:
-        """Make these, all of them or none; `follow` was or will be called for each in this order.
-
-        Waits for threads that read, where `follow` was called for some before; not for other ranks.
-        """
-        self._steps = tuple(steps)
-        self.catch_up()
-
-    def follow(self, moment: Arrival, reading: Sequence[Future[None]]) -> None:
-        """This rank's chunk for the next all-gather is queued: queue that behind it; call within `device.copying()`.
+    def follow(
+        self, storage: torch.UntypedStorage, piece: Piece, moment: Arrival, reading: Sequence[Future[None]]
+    ) -> None:
+        """Note when this rank's chunk of a piece will be there.
 
         Args:
+            storage: into which it is copied.
+            piece: which part of it.
             moment: when the chunk has arrived, unless threads take part.
-            reading: what threads have to do before it has arrived; their errors are raised here or later.
+            reading: what threads have to do before it has arrived; their errors are raised by `advance`.
         """
-        self._chunks.append(_Chunk(moment, reading))
-        while self.is_behind and (len(self._chunks) - len(self._works) > _AHEAD or not self._next_chunk.reading):
-            self._begin_next()
+        self._chunks[storage_id(storage), piece.start] = _Chunk(moment, reading)
 
-    def catch_up(self) -> None:
-        """Queue all that `follow` was called for; waits for threads that read, not for other ranks."""
-        while self.is_behind:
-            with self._next.communicator.device.copying(Direction.IN):
-                self._begin_next()
+    def begin(self, steps: Iterable[Step]) -> None:
+        """From here on all of these are made, by `advance` or by `settle`."""
+        self._steps = tuple(steps)
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether some of those listed that `follow` was called for are still to be queued: threads are reading."""
-        return len(self._works) < min(len(self._chunks), len(self._steps))
+    def advance(self, storage: torch.UntypedStorage, share: Share) -> None:
+        """Queue the next all-gathers, which are those of a storage, each behind the chunk that `follow` was told of.
+
+        Call it within `device.copying()`. Waits for threads that read; not for other ranks.
+
+        Raises:
+            PeerError: the connection was given up.
+        """
+        for piece in share.pieces():
+            step = self._steps[len(self._works)]
+            if storage_id(step.storage) != storage_id(storage) or step.piece != piece:
+                raise RuntimeError(f"the next all-gather is of {step.piece} of another storage, and not of {piece}")
+            chunk = self._chunks[storage_id(storage), piece.start]
+            for future in chunk.reading:
+                future.result()
+            self._begin(None if chunk.reading else chunk.moment)
 
     def confirm(self) -> None:
-        """Wait until all that `follow` was called for is done; errors surface here."""
-        self._wait(len(self._chunks))
+        """Wait until all are done; errors surface here."""
+        self._wait(len(self._steps))
 
-    def arrival(self, copied: Arrival) -> Arrival:
-        """The moment when a copy has arrived, and with it all that `follow` was called for until now."""
-        if not self._chunks:
-            return copied
-        return _GatheredArrival(copied, functools.partial(self._wait, len(self._chunks)))
+    def arrival(self) -> Arrival:
+        """The moment when all that were queued until now are done; waiting for it ends when the ranks give up."""
+        return _Gathered(functools.partial(self._wait, len(self._works)))
 
     def settle(self) -> None:
         """Make what was not made yet, and wait until nothing is under way; of a move that has failed here.
@@ -324,17 +324,6 @@ class Gathering:
         """The first that was not begun."""
         return self._steps[len(self._works)]
 
-    @property
-    def _next_chunk(self) -> _Chunk:
-        """This rank's part of it."""
-        return self._chunks[len(self._works)]
-
-    def _begin_next(self) -> None:
-        chunk = self._next_chunk
-        for future in chunk.reading:
-            future.result()
-        self._begin(None if chunk.reading else chunk.moment)
-
     def _begin(self, moment: Arrival | None = None) -> None:
         step, piece = self._next, self._next.piece
         whole = byte_view(step.storage)[piece.start : piece.start + piece.nbytes]
@@ -349,9 +338,6 @@ class Gathering:
     def _wait(self, number: int) -> None:
         """Return when the first `number` of them are done."""
         while self._num_done < number:
-            while self._num_done >= len(self._works):
-                with self._next.communicator.device.copying(Direction.IN):
-                    self._begin_next()
             self._under_way(self._num_done).wait()
             self._num_done += 1
 
@@ -372,14 +358,12 @@ NOTHING_TO_GATHER = Gathering(ALONE, 0.0)
 """Of a move in which nothing is shared."""
 
 
-class _GatheredArrival(Arrival):
-    def __init__(self, copied: Arrival, gathered: Callable[[], None]) -> None:
-        self._copied = copied
-        self._gathered = gathered
+class _Gathered(Arrival):
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
 
     def wait(self) -> None:
-        self._gathered()
-        self._copied.wait()
+        self._wait()
 
 
 def _names(ranks: Ranks) -> str:

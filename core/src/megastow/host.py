@@ -40,7 +40,7 @@ PIECE_BYTES = 64 << 30
 """The most that is page-locked at once. No copy may span two pieces: CUDA answers "invalid argument"."""
 
 _TOUCH_BYTES = 16 << 20
-"""What a thread touches at a time. By 256 MiB it was half as fast to three times slower; see docs/performance.md."""
+"""What a thread touches at a time. By 256 MiB, sixteen threads were less than half as fast; see docs/performance.md."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it yet
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from megastow.engine import Parked
 from megastow.errors import InvalidArgumentError, InvalidTypeError, NotOnHostError, UnsupportedTensorError
+from megastow.parked import Parked
 from megastow.read_only import ReadOnlyTensor
 from megastow.state import ALL_KINDS, Inventory, StateKind
 from megastow.storages import storage_id

@@ -71,8 +71,8 @@ class Staging:
 
         self._queue(work)
 
-    def read(self, region: Region, offset: int, target: torch.Tensor) -> None:
-        """Queue the copy of a region's bytes into device memory, as `write` takes it."""
+    def read(self, region: Region, offset: int, target: torch.Tensor) -> Future[None]:
+        """Queue the copy of a region's bytes into device memory, as `write` takes it; done when they are there."""
 
         def work(buffer: torch.Tensor) -> None:
             region.read(offset, buffer, target.nbytes)
@@ -80,7 +80,7 @@ class Staging:
             self._device.arrival().wait()
             faults.point("onload.copied", target)
 
-        self._queue(work)
+        return self._queue(work)
 
     def queued(self) -> list[Future[None]]:
         """What was queued and is not done, or has failed."""
@@ -99,7 +99,7 @@ class Staging:
         self.settle()
         self._crew.dismiss()
 
-    def _queue(self, work: Callable[[torch.Tensor], None]) -> None:
+    def _queue(self, work: Callable[[torch.Tensor], None]) -> Future[None]:
         if not self._crew.takes_work:
             raise RuntimeError(
                 "the threads that copy by way of buffers have ended, with their manager or the interpreter"
@@ -113,6 +113,7 @@ class Staging:
         task = _Task(there)
         self._pending.append(task)  # before it is queued: whatever interrupts us, `settle` knows of it
         self._crew.tasks.put(task)
+        return task.future
 
 
 class _Crew:

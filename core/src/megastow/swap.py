@@ -7,7 +7,7 @@ import logging
 
 from megastow import arguments
 from megastow.errors import InvalidArgumentError
-from megastow.handle import DEFAULT_WINDOW_BYTES
+from megastow.handle import DEFAULT_WINDOW_BYTES, TransferHandle
 from megastow.manager import MemoryManager
 from megastow.report import TransferReport
 from megastow.state import ALL_KINDS, Residency, StateKind
@@ -47,15 +47,16 @@ def swap(
         manager.wait()
     leaves = _kinds(leaving, Residency.RESIDENT)
     comes = _kinds(coming, Residency.OFFLOADED)
-    out = leaving._offload_beside()  # and keep the memory: a driver waits for copies in flight before it frees
+    out: TransferHandle | None = None
     try:
+        out = leaving._offload_beside()  # and keep the memory: a driver waits for copies in flight before it frees
         arrived = coming.onload(beside=out, window_bytes=window_bytes)
         gone = out.wait()
         leaving.release_cached()
         return gone, arrived
     except BaseException:
         with contextlib.suppress(Exception):
-            out.wait()
+            leaving.wait() if out is None else out.wait()
         _put_back(leaving, leaves, coming, comes)
         raise
 

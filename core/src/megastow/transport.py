@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
 from megastow import faults
-from megastow.device import Device
+from megastow.device import Arrival, Device
 from megastow.gather import NOTHING_TO_GATHER, Gathering
 from megastow.shares import Piece, Share
 from megastow.staging import StagedArrival, Staging
@@ -114,38 +115,56 @@ class Transport:
     def copy_in(self, host: HostSlice, storage: torch.UntypedStorage) -> None:
         """Queue the copy of what the host keeps into a storage; call within `device.copying()`.
 
-        Of what is shared, the all-gathers are queued with it; see `gather`.
+        Of what is shared that is this rank's part; `gather_shared` brings the others'.
         """
         target = byte_view(storage)
         source = host.bytes() if _is_direct(host) else None
         for run in host.runs():
+            reading: list[Future[None]] = []
             for start, at, nbytes in self._chunks(host, run):
                 faults.point("onload.chunk")
                 chunk = target[start : start + nbytes]
                 if source is None:
-                    self._staging.read(host.region, at, chunk)
+                    reading.append(self._staging.read(host.region, at, chunk))
                 else:
                     chunk.copy_(source[at - host.offset :][:nbytes], non_blocking=True)
                     faults.point("onload.copied", chunk)
             if run.piece is not None:
-                self._gathering.follow(self._device.arrival(), self._staging.queued())
+                self._gathering.follow(storage, run.piece, self._device.arrival(), reading)
 
     def gather(self, gathering: Gathering) -> None:
-        """Use these all-gathers for what is shared, from here to the end of the move; they may begin later."""
+        """Use these all-gathers for what is shared, from here to the end of the move; they begin later."""
         self._gathering = gathering
 
-    def begin_reading(self, host: HostSlice) -> None:
-        """Make sure that work queued from here on finds what `copy_in` has queued for a slice; call within `copying()`.
+    def gather_shared(self, host: HostSlice, storage: torch.UntypedStorage) -> Arrival:
+        """Queue the all-gathers of a storage that is shared, behind the copies of this rank's part.
 
-        Waits where threads take part: the device does not know of what they are about to do.
+        Call it within `device.copying()`, in the order in which all ranks list what they share. Waits for threads that
+        read that part.
+
+        Returns:
+            The moment when they are done, and all before them.
+
+        Raises:
+            PeerError: the connection to the others was given up; also to those who wait for the moment.
         """
-        gathers_later = host.share is not None and (self._gathering.is_behind or not self._device.queues_collectives)
-        if gathers_later or not _is_direct(host):
+        assert host.share is not None
+        self._gathering.advance(storage, host.share)
+        return self._gathering.arrival()
+
+    def begin_reading(self, host: HostSlice) -> None:
+        """Make sure that work queued from here on finds what was queued for a slice; call within `copying()`.
+
+        Waits where threads take part, or collectives that no stream knows of.
+        """
+        if not _is_direct(host):
             self.arrival().wait()
+        if host.share is not None and not self._device.queues_collectives:
+            self._gathering.arrival().wait()
 
     def arrival(self) -> StagedArrival:
         """The moment when what is queued by now has arrived; call within `device.copying()`."""
-        return StagedArrival(self._gathering.arrival(self._device.arrival()), self._staging.queued())
+        return StagedArrival(self._device.arrival(), self._staging.queued())
 
     def confirm(self) -> None:
         """Wait until every copy has arrived; errors surface here."""

@@ -12,11 +12,13 @@ import torch
 
 from megastow.agreement import Agreement, Decision
 from megastow.digest import digest
-from megastow.engine import Engine, Offload, Parked, RegionKey
+from megastow.engine import Engine, Offload
 from megastow.flat import FlatTensors
 from megastow.guard import Guard
 from megastow.head_start import Begun
 from megastow.host import HostArena
+from megastow.parked import Parked, RegionKey
+from megastow.refill import Refill
 from megastow.staging import StagedArrival
 from megastow.state import ALL_KINDS, Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, byte_view
@@ -72,7 +74,7 @@ class ReleasesAsItCopies(Engine):
 
 
 @breaks("failure")
-class ComparesNothing(Engine):
+class ComparesNothing(Refill):
     """Computes digests, and looks at none of them when the bytes are back.
 
     Stands for a checksum that is written into a log.
@@ -217,16 +219,16 @@ class LeavesTheGuardBehind(Guard):
 
 
 @breaks("bitexact", "training", "checkpoint", world=2, because=_LOST_BYTES)
-class CopiesOnRankZeroOnly(Engine):
+class CopiesOnRankZeroOnly(Refill):
     """Takes the optimizer's state to be the same on every rank, and brings it back on the first.
 
     Stands for de-duplicating data-parallel state under a distributed optimizer, where each rank has another shard.
     """
 
-    def _refill(self, plans: Mapping[StateKind, Sequence[Parked]], *details: Any) -> None:
+    def run(self, plans: Mapping[StateKind, Sequence[Parked]], *details: Any) -> None:
         for parked in plans.get(StateKind.OPTIMIZER_STATES, ()) if torch.distributed.get_rank() else ():
             parked.host = None
-        super()._refill(plans, *details)
+        super().run(plans, *details)
 
 
 class _AgreesInstead(Agreement):

@@ -14,6 +14,7 @@ from megastow.flat import FlatTensors
 from megastow.guard import Guard
 from megastow.host import HostArena
 from megastow.megatron_binding import MegatronBinding
+from megastow.refill import Refill
 from megastow.transport import Transport
 
 _PLACES: dict[type, str] = {
@@ -22,6 +23,7 @@ _PLACES: dict[type, str] = {
     Agreement: "_agreement",
     Guard: "_guard",
     Engine: "_engine",
+    Refill: "_engine._refill",
     Transport: "_engine._transport",
     FlatTensors: "_engine._flat",
     HostArena: "_engine._arena",
