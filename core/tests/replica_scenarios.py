@@ -27,11 +27,13 @@ from megastow import (
     swap,
 )
 from megastow.agreement import _GroupBallot
+from megastow.digest import Digester
 from megastow.gather import Gathering
 from megastow.host import HostRegion
 from megastow.plain import PlainBinding
 from megastow.refill import Refill
 from megastow.replicas import HostReplicas
+from megastow.storages import storage_id
 
 OUT = ["pack.bucket", "host.allocate", "offload.chunk", "offload.copied", "offload.confirm", "offload.drop"]
 UNIT = 4096  # what chunks are a multiple of
@@ -388,6 +390,34 @@ def chunks_that_are_on_their_way_before_the_ranks_meet():
         assert_all(manager, Residency.OFFLOADED)
         assert device_bytes(trainer.tensors(KEPT)) == left
         manager.onload()
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
+    manager.close()
+
+
+def digests_behind_all_gathers_of_their_own():
+    """Who waits for the digest of a kind waits for no other kind: a rank may be stuck in one of those."""
+    trainer, manager = make(BEYOND_A_PAUSE, verify="digest")
+    before = snapshot(trainer.tensors(KEPT))
+    manager.offload()
+    shared = [storage_id(p.storage) for p in manager._engine.on_host() if p.share is not None]
+    queued = []
+    advance, begin = Gathering.advance, Digester.begin
+
+    def gathers(gathering, storage, share):
+        queued.append(("gathered", storage_id(storage)))
+        advance(gathering, storage, share)
+
+    def digests(digester, storage, *after):
+        queued.append(("digest", storage_id(storage)))
+        return begin(digester, storage, *after)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gathering, "advance", gathers)
+        patch.setattr(Digester, "begin", digests)
+        manager.onload()
+    of_shared = [each for each in queued if each[1] in shared]
+    assert of_shared == [(what, each) for _, each in of_shared[::2] for what in ("gathered", "digest")]
+    assert len(of_shared) == 2 * len(shared) > 2
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
 

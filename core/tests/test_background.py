@@ -27,6 +27,7 @@ from megastow import (
 )
 from megastow.device import CpuDevice
 from megastow.guard import Blocked, Guard, GuardedCalls, call_table
+from megastow.refill import Refill
 from megastow.transport import Transport
 
 SECONDS = 30.0
@@ -753,3 +754,19 @@ def test_workspaces_are_released_by_the_caller(trainer, manager, monkeypatch):
     assert seen == [threading.current_thread()]
     assert "workspaces released" in str(handle.wait())
     manager.onload()
+
+
+@pytest.mark.parametrize("options", [{}, {"wait_for_memory": 60.0}])
+def test_kinds_are_brought_in_the_order_in_which_they_are_needed(trainer, manager, monkeypatch, options):
+    """Zeros of gradients are not put off to the end, where whoever waits for gradients would wait for all."""
+    manager.offload()
+    filled, copy_in = [], Refill._copy_in
+
+    def noted(refill, move, part):
+        filled.extend(parked.kind.value for parked in part)
+        copy_in(refill, move, part)
+
+    monkeypatch.setattr(Refill, "_copy_in", noted)
+    manager.onload(non_blocking=True, **options).wait()
+    assert list(dict.fromkeys(filled)) == ["weights", "grad_buffers", "main_weights", "optimizer_states"]
+    assert filled == sorted(filled, key=list(dict.fromkeys(filled)).index)
