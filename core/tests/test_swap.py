@@ -7,8 +7,9 @@ from concurrent.futures import Future
 import pytest
 from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, snapshot
 
-from megastow import DeviceMemoryError, Residency, TransferError, create_memory_manager, faults, swap
+from megastow import DeviceMemoryError, OffloadedError, Residency, TransferError, create_memory_manager, faults, swap
 from megastow.device import CpuDevice
+from megastow.guard import Guard
 from megastow.handle import MemoryPermit, TransferHandle
 from megastow.transport import Transport
 
@@ -85,6 +86,51 @@ def test_both_or_neither(tenants, point, after):
     swap(here.manager, away.manager)
     assert away.is_here()
     assert not here.is_here()
+
+
+def test_a_guard_that_cannot_be_put_up_stops_both(tenants, monkeypatch):
+    """It goes up in the thread of the offload, behind the first copies."""
+    here, away = tenants
+    update, asked = Guard.update, []
+
+    def fails_once(guard, kinds, *details, **options):
+        if kinds and guard is here.manager._guard and not asked:
+            asked.append(threading.current_thread().name)
+            raise RuntimeError("no guard")
+        update(guard, kinds, *details, **options)
+
+    monkeypatch.setattr(Guard, "update", fails_once)
+    with pytest.raises(TransferError) as raised:
+        swap(here.manager, away.manager)
+    assert "no guard" in str(raised.value.__cause__)
+    assert asked == ["megastow-offload"]
+    assert here.is_here()
+    assert not away.is_here()
+    here.trainer.step()
+    here.before = snapshot(here.trainer.tensors(KEPT))
+    swap(here.manager, away.manager)
+    assert away.is_here()
+    with pytest.raises(OffloadedError):
+        here.trainer.step()
+
+
+def test_an_interruption_behind_the_start_of_the_thread_leaves_both_where_they_were(tenants, monkeypatch):
+    here, away = tenants
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        if thread.name == "megastow-offload":
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        swap(here.manager, away.manager)
+    assert here.is_here()
+    assert not away.is_here()
+    swap(here.manager, away.manager)
+    assert away.is_here()
 
 
 def test_what_cannot_be_put_back_is_told_and_not_lost(tenants, caplog):

@@ -6,9 +6,9 @@ A rank that left one out would leave the others waiting in it. So all of a move 
 chunks may be under way before. The order is the same on all ranks, and whatever fails on a rank meanwhile, the rest of
 them is made all the same (`settle`), with bytes that nobody will use: the vote that follows undoes the move everywhere.
 From then on a rank begins all of them before it waits for anything else, for a neighbour's memory or for votes: another
-rank may be waiting in one meanwhile.
-Groups that overlap do not wait for each other in a circle, because each rank takes them in the order of their ranks,
-kind by kind.
+rank may be waiting in one meanwhile. (Where collectives are not queued, and digests are compared, it waits for those of
+a storage before it begins with the next; so do the others, in the same order.) Groups that overlap do not wait for each
+other in a circle, because each rank takes them in the order of their ranks, kind by kind.
 
 Not every rank gets that far: one is killed, or interrupted once more. The others look into the store now and then while
 they wait, for one that has withdrawn, and give up after a time. A communicator that was given up is aborted, and the
