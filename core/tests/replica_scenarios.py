@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 import rank_scenarios as ranks
@@ -28,7 +29,7 @@ from megastow import (
 )
 from megastow.agreement import _GroupBallot
 from megastow.digest import Digester
-from megastow.gather import Gathering
+from megastow.gather import Communicator, Gathering
 from megastow.host import HostRegion
 from megastow.plain import PlainBinding
 from megastow.refill import Refill
@@ -395,29 +396,66 @@ def chunks_that_are_on_their_way_before_the_ranks_meet():
 
 
 def digests_behind_all_gathers_of_their_own():
-    """Who waits for the digest of a kind waits for no other kind: a rank may be stuck in one of those."""
+    """Who waits for the digest of a kind waits for no other kind: a rank may be stuck in one of those.
+
+    And what is not shared waits for no all-gather at all.
+    """
     trainer, manager = make(BEYOND_A_PAUSE, verify="digest")
     before = snapshot(trainer.tensors(KEPT))
     manager.offload()
-    shared = [storage_id(p.storage) for p in manager._engine.on_host() if p.share is not None]
-    queued = []
-    advance, begin = Gathering.advance, Digester.begin
+    away = {storage_id(p.storage): p.share is not None for p in manager._engine.on_host() if p.digest is not None}
+    queued, streams = [], ["none"]
+    advance, begin = Gathering.advance, Digester.begin_here
+
+    @contextlib.contextmanager
+    def on(stream, *_after):
+        streams.append(stream)
+        yield
+        streams.pop()
 
     def gathers(gathering, storage, share):
         queued.append(("gathered", storage_id(storage)))
         advance(gathering, storage, share)
 
-    def digests(digester, storage, *after):
-        queued.append(("digest", storage_id(storage)))
-        return begin(digester, storage, *after)
+    def digests(digester, storage):
+        queued.append((f"digest {streams[-1]}", storage_id(storage)))
+        return begin(digester, storage)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gathering, "advance", gathers)
-        patch.setattr(Digester, "begin", digests)
+        patch.setattr(Digester, "begin_here", digests)
+        for name in ("beside", "gathering"):
+            patch.setattr(manager._device, name, partial(on, name))
         manager.onload()
-    of_shared = [each for each in queued if each[1] in shared]
-    assert of_shared == [(what, each) for _, each in of_shared[::2] for what in ("gathered", "digest")]
-    assert len(of_shared) == 2 * len(shared) > 2
+    of_shared = [each for each in queued if away[each[1]]]
+    assert of_shared == [(what, each) for _, each in of_shared[::2] for what in ("gathered", "digest gathering")]
+    assert {what for what, each in queued if not away[each]} == {"digest beside"}
+    assert len(of_shared) == 2 * sum(away.values()) > 2
+    assert_same(before, snapshot(trainer.tensors(KEPT)))
+    manager.close()
+
+
+def an_all_gather_that_cannot_be_made():
+    """The memory is given up again, and the next onload connects anew."""
+    trainer, manager = make(BEYOND_A_PAUSE)
+    before = snapshot(trainer.tensors(KEPT))
+    manager.offload()
+    left, all_gather, made = device_bytes(trainer.tensors(KEPT)), Communicator.all_gather, []
+
+    def breaks(communicator, *details):
+        made.append(1)
+        if len(made) > 2:
+            raise RuntimeError("remote process exited")
+        all_gather(communicator, *details)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(Communicator, "all_gather", breaks)
+        with pytest.raises(MegastowError, match=r"remote process exited"):
+            manager.onload()
+    assert_all(manager, Residency.OFFLOADED)
+    assert device_bytes(trainer.tensors(KEPT)) == left
+    manager.onload()
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
 

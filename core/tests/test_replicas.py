@@ -41,6 +41,7 @@ def ranks():
         "a_rank_that_waits_for_memory",
         "chunks_that_are_on_their_way_before_the_ranks_meet",
         "memory_that_comes_in_another_order",
+        "an_all_gather_that_cannot_be_made",
         "digests_behind_all_gathers_of_their_own",
         "a_kind_that_fails_while_others_are_on_their_way",
         "a_rank_that_is_interrupted_twice",

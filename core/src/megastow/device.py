@@ -153,6 +153,10 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def gathering(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
+        """As `beside`, for collectives, which may be stuck, and what needs them: nobody else waits behind those."""
+
+    @abstractmethod
     def filling(self) -> contextlib.AbstractContextManager[object]:
         """Queue work on memory that no copy touches, beside the copies, for the length of the context.
 
@@ -178,7 +182,7 @@ class Device(ABC):
 
     @abstractmethod
     def follow(self, work: Work) -> None:
-        """Queue what comes `beside` behind a collective, if those are queued; call within `beside`."""
+        """Queue what comes next behind a collective, if those are queued; call within `gathering`."""
 
     @abstractmethod
     def check(self, work: Work) -> None:
@@ -193,7 +197,7 @@ class Device(ABC):
 
     @abstractmethod
     def confirm(self) -> None:
-        """Wait until all that was queued within `copying`, `beside` and `filling` is done; what failed is raised."""
+        """Wait until all is done that was queued within `copying` and the contexts in it; what failed is raised."""
 
     @abstractmethod
     def as_here(self) -> Callable[[], contextlib.AbstractContextManager[object]]:
@@ -283,6 +287,9 @@ class CpuDevice(Device):
     def beside(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
+    def gathering(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def filling(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
@@ -346,7 +353,7 @@ class _EventArrival(Arrival):
 
 
 class CudaDevice(Device):
-    """A CUDA device: a copy stream for each direction, and streams for what follows copies, for fills, and for results.
+    """A CUDA device: a copy stream for each direction; others for what follows copies, collectives, fills and results.
 
     [Note: a stream for each direction]
     Copies on a stream that has ever copied the other way do not run beside copies the other way on another stream: two
@@ -357,7 +364,7 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._streams = {direction: torch.cuda.Stream(device) for direction in Direction}
-        self._beside, self._filling, self._fetching = (torch.cuda.Stream(device) for _ in range(3))
+        self._beside, self._gathering, self._filling, self._fetching = (torch.cuda.Stream(device) for _ in range(4))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -436,13 +443,19 @@ class CudaDevice(Device):
             yield
         torch.cuda.current_stream(self.torch_device).wait_stream(self._filling)
 
+    def beside(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
+        return self._behind(self._beside, after)
+
+    def gathering(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
+        return self._behind(self._gathering, after)
+
     @contextlib.contextmanager
-    def beside(self, after: Arrival | None = None) -> Iterator[None]:
+    def _behind(self, stream: torch.cuda.Stream, after: Arrival | None) -> Iterator[None]:
         if isinstance(after, _EventArrival):
-            self._beside.wait_event(after.event)
+            stream.wait_event(after.event)
         else:
-            self._beside.wait_stream(torch.cuda.current_stream(self.torch_device))
-        with torch.cuda.stream(self._beside):
+            stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(stream):
             yield
 
     def communicator(self, store: Any, index: int, size: int, seconds: float) -> Any:
@@ -471,7 +484,7 @@ class CudaDevice(Device):
 
     def confirm(self) -> None:
         errors = []
-        for stream in (*self._streams.values(), self._beside, self._filling):
+        for stream in (*self._streams.values(), self._beside, self._gathering, self._filling):
             try:
                 stream.synchronize()
             except RuntimeError as error:

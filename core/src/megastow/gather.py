@@ -20,7 +20,9 @@ given up. gloo ends each within its own limit, at the latest. NCCL's ends when t
 torch tries in a thread here, and which NCCL may not manage; then this rank waits, as any use of its device would. When
 torch's watchdog notices that a peer has died, it ends the process, as it does in training
 (`TORCH_NCCL_ASYNC_ERROR_HANDLING`). The same wait may come where memory for what is not shared is taken beside an
-all-gather, and a driver gives some back for that. Nothing of that changes what is on the host.
+all-gather, and a driver gives some back for that. NCCL also wants collectives of several communicators to begin in the
+same order on all ranks: those that another thread makes on the device beside an onload in the background are the
+caller's to order. Nothing of that changes what is on the host.
 
 The communicators are ours alone: of the ranks of one host, apart from those of the training, so that no collective of
 the training can come between, also not from another thread. Each takes the device memory that NCCL takes for one.
@@ -302,8 +304,12 @@ class Gathering:
                 if communicator.is_closed:
                     self._works.append(_NEVER_BEGUN)
                     continue
-                with communicator.device.copying(Direction.IN):
-                    self._begin()
+                try:
+                    with communicator.device.copying(Direction.IN):
+                        self._begin()
+                except Exception as error:  # it is of no use any more; what it has begun is waited for
+                    failed = failed or error
+                    communicator.close()
             for number in range(self._num_done, len(self._steps)):
                 gather = self._under_way(number)
                 try:
@@ -328,7 +334,7 @@ class Gathering:
         step, piece = self._next, self._next.piece
         whole = byte_view(step.storage)[piece.start : piece.start + piece.nbytes]
         own = whole[piece.own_start - piece.start :][: piece.chunk_bytes]
-        with step.communicator.device.beside(moment):
+        with step.communicator.device.gathering(moment):
             step.communicator.all_gather(whole, own, self._works)
             step.communicator.device.follow(self._works[-1])
 

@@ -135,7 +135,8 @@ class Refill:
                 _check_untouched(parked)
         move = _Return(plans, clock, permit, unverified, ballot)
         if any(parked.digest is not None and self._has_to_prove(move, parked) for parked in move.released(plans)):
-            move.scratch_bytes = SCRATCH_BYTES
+            is_shared = any(parked.share is not None for parked in move.released(plans))
+            move.scratch_bytes = SCRATCH_BYTES * (2 if is_shared else 1)  # on a stream each
         needed = sum(parked.nbytes for parked in move.released(plans)) + move.scratch_bytes
         if permit is None:
             free = self._device.free_bytes()
@@ -187,7 +188,7 @@ class Refill:
             for parked in shared:
                 assert parked.host is not None
                 move.gathered[parked.kind] = self._transport.gather_shared(parked.host, parked.storage)
-                self._begin_digest(move, parked, move.copied[id(parked)])
+                self._begin_digest(move, parked)
 
     def _fill(self, move: _Return, kinds: Iterable[StateKind]) -> None:
         """Take memory for all else of kinds, and fill it: part by part, so that the link is busy meanwhile."""
@@ -249,11 +250,16 @@ class Refill:
         """Whether a storage is let through only with the digest with which it left."""
         return not move.unverified and (self._makes_digests or parked.is_derived)
 
-    def _begin_digest(self, move: _Return, parked: Parked, after: Arrival | None = None) -> None:
-        """Queue the digest of what comes from the host, behind it (`after`); call within `device.copying()`."""
+    def _begin_digest(self, move: _Return, parked: Parked) -> None:
+        """Queue the digest of what comes from the host, behind it; call within `device.copying()`.
+
+        Of what is shared it is behind the all-gathers, and so that nothing else is: one of another rank may be stuck.
+        """
         if parked.host is not None and parked.digest is not None and self._has_to_prove(move, parked):
             self._transport.begin_reading(parked.host)
-            move.digests.append((parked, parked.digest, self._digester.begin(parked.storage, after)))
+            behind = self._device.beside() if parked.share is None else self._device.gathering(move.copied[id(parked)])
+            with behind:
+                move.digests.append((parked, parked.digest, self._digester.begin_here(parked.storage)))
 
     def _finish(self, move: _Return, kinds: Collection[StateKind]) -> None:
         """Wait until all of kinds has arrived, compare digests, and rebuild what is derived."""
