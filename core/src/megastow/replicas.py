@@ -83,7 +83,7 @@ class Replicas:
         return NOTHING_TO_GATHER
 
     def meet(self, entries: Sequence[Shared], gathering: Gathering, ballot: Ballot) -> None:
-        """Tell the other ranks what is about to come back, and begin the all-gathers for it.
+        """Tell the other ranks what is about to come back, and list the all-gathers for it: all are made from here on.
 
         Args:
             entries: all that is shared of what comes back, with device memory, in the order in which all ranks list it.
