@@ -82,6 +82,15 @@ def kept(nbytes, world):
     return -(-mine // 512) * 512
 
 
+def fails_and_is_undone(trainer, manager, match):
+    """An onload that something is in the way of: it leaves on the device what was there before, and nothing else."""
+    left = device_bytes(trainer.tensors(KEPT))
+    with pytest.raises(MegastowError, match=match):
+        manager.onload()
+    assert_all(manager, Residency.OFFLOADED)
+    assert device_bytes(trainer.tensors(KEPT)) == left
+
+
 # --- what goes well --------------------------------------------------------------------------------------------------
 
 
@@ -383,13 +392,10 @@ def chunks_that_are_on_their_way_before_the_ranks_meet():
             assert_same(before, snapshot(trainer.tensors(KEPT)))
         assert queued[0] > 1
         manager.offload()
-        left = device_bytes(trainer.tensors(KEPT))
         num_shared = sum(parked.share is not None for parked in manager._engine.on_host())
         assert num_shared > 1
-        with others_fault("onload.reserve", rank=1, after=num_shared - 1), pytest.raises(MegastowError):
-            manager.onload()
-        assert_all(manager, Residency.OFFLOADED)
-        assert device_bytes(trainer.tensors(KEPT)) == left
+        with others_fault("onload.reserve", rank=1, after=num_shared - 1):
+            fails_and_is_undone(trainer, manager, "injected")
         manager.onload()
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
@@ -440,7 +446,7 @@ def an_all_gather_that_cannot_be_made():
     trainer, manager = make(BEYOND_A_PAUSE)
     before = snapshot(trainer.tensors(KEPT))
     manager.offload()
-    left, all_gather, made = device_bytes(trainer.tensors(KEPT)), Communicator.all_gather, []
+    all_gather, made = Communicator.all_gather, []
 
     def breaks(communicator, *details):
         made.append(1)
@@ -451,10 +457,7 @@ def an_all_gather_that_cannot_be_made():
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
             patch.setattr(Communicator, "all_gather", breaks)
-        with pytest.raises(MegastowError, match=r"remote process exited"):
-            manager.onload()
-    assert_all(manager, Residency.OFFLOADED)
-    assert device_bytes(trainer.tensors(KEPT)) == left
+        fails_and_is_undone(trainer, manager, "remote process exited")
     manager.onload()
     assert_same(before, snapshot(trainer.tensors(KEPT)))
     manager.close()
