@@ -276,7 +276,7 @@ class Gathering:
             PeerError: the connection was given up.
         """
         for piece in share.pieces():
-            step = self._steps[len(self._works)]
+            step = self._next
             if storage_id(step.storage) != storage_id(storage) or step.piece != piece:
                 raise RuntimeError(f"the next all-gather is of {step.piece} of another storage, and not of {piece}")
             chunk = self._chunks[storage_id(storage), piece.start]

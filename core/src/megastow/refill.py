@@ -134,18 +134,20 @@ class Refill:
             for parked in entries:
                 _check_untouched(parked)
         move = _Return(plans, clock, permit, unverified, ballot)
-        if any(parked.digest is not None and self._has_to_prove(move, parked) for parked in move.released(plans)):
-            is_shared = any(parked.share is not None for parked in move.released(plans))
+        released = move.released(plans)
+        if any(parked.digest is not None and self._has_to_prove(move, parked) for parked in released):
+            is_shared = any(parked.share is not None for parked in released)
             move.scratch_bytes = SCRATCH_BYTES * (2 if is_shared else 1)  # on a stream each
-        needed = sum(parked.nbytes for parked in move.released(plans)) + move.scratch_bytes
+        needed = sum(parked.nbytes for parked in released) + move.scratch_bytes
         if permit is None:
             free = self._device.free_bytes()
             if free is not None and needed > free:
                 raise _no_device_memory(plans, needed, free)
         try:
             self._fill_shared(move)
-            for kind in plans if permit is None else ():
-                self._fill(move, [kind])
+            if permit is None:
+                for kind in plans:
+                    self._fill(move, [kind])
             for kinds in [[*plans]] if arrived is None else [[kind] for kind in plans]:
                 if permit is not None:  # what somebody is told of before the next kind waits for memory
                     self._fill(move, kinds)
@@ -197,13 +199,13 @@ class Refill:
 
     def _taking(self, move: _Return, left: list[Parked]) -> Iterator[list[Parked]]:
         """Take device memory, and tell what can be filled: in large parts, or with a permit as there is room for it."""
-        while move.permit is None and left:
-            reach = itertools.accumulate(parked.nbytes for parked in left)
-            number = next((n for n, nbytes in enumerate(reach, 1) if nbytes >= TAKEN_BYTES), len(left))
-            part, left = left[:number], left[number:]
-            self._take(move, part)
-            yield part
         if move.permit is None:
+            while left:
+                reach = itertools.accumulate(parked.nbytes for parked in left)
+                number = next((n for n, nbytes in enumerate(reach, 1) if nbytes >= TAKEN_BYTES), len(left))
+                part, left = left[:number], left[number:]
+                self._take(move, part)
+                yield part
             return
         left = sorted(left, key=lambda parked: parked.host is None)  # the link need not wait for memory of zeros
         sizes = [parked.nbytes + move.scratch_bytes for parked in left]
