@@ -120,10 +120,10 @@ class Guard:
     def __init__(self) -> None:
         self._gate = _Gate()
         self._hold = _Hold(self._gate)
-        # By identity of an owner: its attributes, and those of them that stand where methods were.
-        self._blocked: dict[int, tuple[dict[str, Any], dict[str, Blocked]]] = {}
-        # What stood there the last time and will stand there again, by identity of an owner, if that is still the same.
-        self._spare: dict[int, tuple[Callable[[], object], dict[str, Blocked]]] = {}
+        # By identity of an owner: its attributes, and what stands among them where methods were; replaced, not changed.
+        self._blocked: dict[int, tuple[dict[str, Any], Mapping[str, Blocked]]] = {}
+        # What has stood there for this guard alone, and will again if the owner is still the same.
+        self._spare: dict[int, _Spare] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._unhook = weakref.finalize(self, _remove, self._hooks)
@@ -157,6 +157,7 @@ class Guard:
     def _replace(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCalls]]) -> None:
         """Block first, unblock then: at no moment may a call through that must not, whichever thread makes it."""
         needed = list(calls()) if away else []
+        before = list(self._blocked)
         self._is_settled = False
         self._gate.away.update(away)
         candidates: dict[tuple[type, int], _Candidates] = {}
@@ -164,14 +165,14 @@ class Guard:
         for owner, calls_of_it in needed:
             key = (type(owner), id(calls_of_it))
             if key not in candidates:
-                candidates[key] = _candidates(type(owner), calls_of_it, away, self._hold)
+                candidates[key] = _candidates(type(owner), calls_of_it, away)
             blocks = candidates[key].on(owner)
             if id(owner) in blocked_now:
-                blocks = _union(blocks, blocked_now[id(owner)], self._hold)
+                blocks = _union(blocks, blocked_now[id(owner)])
             self._block(owner, blocks)
             blocked_now[id(owner)] = blocks
-        for owner_id, (_, standing) in list(self._blocked.items()):
-            self._unblock(owner_id, standing.keys() - blocked_now.get(owner_id, {}).keys())
+        for owner_id in before:
+            self._unblock(owner_id, blocked_now.get(owner_id, {}))
         if away:
             for owner_id in self._spare.keys() - blocked_now.keys():  # no longer a part of the trainer
                 del self._spare[owner_id]
@@ -201,8 +202,8 @@ class Guard:
     def close(self) -> None:
         """Remove everything."""
         with _REPLACING:
-            for owner_id, (_, standing) in list(self._blocked.items()):
-                self._unblock(owner_id, list(standing))
+            for owner_id in list(self._blocked):
+                self._unblock(owner_id, {})
         self._spare.clear()
         self._gate.away.clear()
         _remove(self._hooks)
@@ -210,43 +211,57 @@ class Guard:
     def _block(self, owner: object, blocks: _Blocks) -> None:
         attributes = vars(owner)
         if id(owner) not in self._blocked and attributes.keys().isdisjoint(blocks):  # as it mostly is
-            known, spare = self._spare.get(id(owner), (None, {}))
-            if known is not None and known() is owner and spare.keys() == blocks.keys():
-                for method, missing in blocks.items():
-                    spare[method].missing = missing
-            else:
-                spare = {method: Blocked(owner, method, _MISSING, missing) for method, missing in blocks.items()}
-                self._spare[id(owner)] = _reference(owner), spare
-            self._blocked[id(owner)] = attributes, spare.copy()
-            attributes.update(spare)
+            spare = self._spare.get(id(owner))
+            if spare is None or spare.owner() is not owner or spare.blocks != blocks:
+                made = {method: Blocked(owner, method, _MISSING, {self._hold: blocks[method]}) for method in blocks}
+                spare = self._spare[id(owner)] = _Spare(_reference(owner), blocks, made)
+            self._blocked[id(owner)] = attributes, spare.standing
+            attributes.update(spare.standing)
             return
-        _, standing = self._blocked.get(id(owner), (attributes, {}))
+        _, before = self._blocked.get(id(owner), (attributes, {}))
+        standing = {**before}
         self._blocked[id(owner)] = attributes, standing
-        for method, missing in blocks.items():
+        for method, kinds in blocks.items():
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked:
-                blocked = Blocked(owner, method, blocked, missing)
-            before = standing.get(method, blocked)
+                blocked = Blocked(owner, method, blocked, {})
             standing[method] = blocked  # first of all, so that whatever interrupts this can be made up for
-            if blocked.missing is not missing:
-                blocked.missing = {**blocked.missing, **missing}
+            if blocked.needs.get(self._hold) != kinds:
+                blocked.needs = {**blocked.needs, self._hold: kinds}
             attributes[method] = blocked
-            if before is not blocked:  # somebody has wrapped it meanwhile; this stands in front of the wrapper
-                before.forget(self._hold)
 
-    def _unblock(self, owner_id: int, methods: Iterable[str]) -> None:
+    def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
+        """Take away what blocks methods of an owner, but for some; others that need it keep it."""
         attributes, standing = self._blocked[owner_id]
-        for method in methods:
-            blocked = standing[method]
-            blocked.forget(self._hold)
-            if not blocked.missing and attributes.get(method) is blocked:  # not what somebody else has put there since
+        for method, blocked in standing.items():
+            if method in staying:
+                continue
+            if len(blocked.needs) > 1:
+                self._spare.pop(owner_id, None)
+                blocked.forget(self._hold)
+            elif self._hold in blocked.needs and attributes.get(method) is blocked:  # and nothing that came since
                 if blocked.before is _MISSING:
                     del attributes[method]
                 else:
                     attributes[method] = blocked.before
-            del standing[method]
-        if not standing:
+        if staying:
+            self._blocked[owner_id] = attributes, {m: standing[m] for m in standing if m in staying}
+        else:
             del self._blocked[owner_id]
+
+
+class _Spare(NamedTuple):
+    """What stands, when state is away, where methods of an instance are.
+
+    Attributes:
+        owner: to get at the instance.
+        blocks: what it blocks.
+        standing: by method.
+    """
+
+    owner: Callable[[], object]
+    blocks: _Blocks
+    standing: Mapping[str, Blocked]
 
 
 def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
@@ -258,11 +273,8 @@ _REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
 
 
-_Missing = Mapping[_Hold, frozenset[StateKind]]
-"""The kinds that a method needs and that are away, by the guard that blocks it."""
-
-_Blocks = Mapping[str, _Missing]
-"""Methods that a guard is to block, and what each of them misses."""
+_Blocks = Mapping[str, frozenset[StateKind]]
+"""Methods that a guard is to block, and the kinds that each of them needs."""
 
 
 class _Candidates(NamedTuple):
@@ -284,36 +296,34 @@ class _Candidates(NamedTuple):
         if not self.may_delegate and self.possible.keys().isdisjoint(attributes.keys()):
             return self.certain
         found = {
-            method: missing
-            for method, missing in self.possible.items()
+            method: kinds
+            for method, kinds in self.possible.items()
             if attributes.get(method) is not None or (self.may_delegate and hasattr(owner, method))
         }
         return {**self.certain, **found}
 
 
-def _candidates(owner: type, calls: CallTable, away: Set[StateKind], hold: _Hold) -> _Candidates:
+def _candidates(owner: type, calls: CallTable, away: Set[StateKind]) -> _Candidates:
     """What of a table is to be blocked on instances of a class: asked once, since a model has hundreds of each."""
-    blocks = {method: {hold: kinds & away} for method, kinds in calls.items() if kinds & away}
-    certain = {m: missing for m, missing in blocks.items() if getattr(owner, m, None) is not None or m == _DEEPCOPY}
+    blocks = {method: kinds for method, kinds in calls.items() if not kinds.isdisjoint(away)}
+    certain = {m: kinds for m, kinds in blocks.items() if getattr(owner, m, None) is not None or m == _DEEPCOPY}
     lookup = getattr(owner, "__getattr__", None)
     return _Candidates(
         certain,
-        {method: missing for method, missing in blocks.items() if method not in certain},
+        {method: kinds for method, kinds in blocks.items() if method not in certain},
         may_delegate=lookup is not None and lookup is not torch.nn.Module.__getattr__,  # that one finds no methods
     )
 
 
-def _union(one: _Blocks, other: _Blocks, hold: _Hold) -> _Blocks:
+def _union(one: _Blocks, other: _Blocks) -> _Blocks:
     """All that one or the other blocks, with the kinds of both."""
-    both = {method: {hold: one[method][hold] | other[method][hold]} for method in one.keys() & other.keys()}
-    return {**one, **other, **both}
+    return {**one, **other, **{method: one[method] | other[method] for method in one.keys() & other.keys()}}
 
 
 _OF_FUNCTIONS = ("__module__", "__name__", "__qualname__", "__doc__")
 """Attributes of a function that what stands in its place has as well."""
 
 _NOTHING: frozenset[StateKind] = frozenset()
-_NOBODY: _Missing = {}
 
 
 def _reference(owner: object) -> Callable[[], object]:
@@ -331,16 +341,17 @@ class Blocked:
 
     Attributes:
         before: the instance's own attribute of that name, which comes back at the end.
-        missing: what is away. Shared by many, so it is replaced and never changed.
+        needs: the kinds that the method needs, by the guard that blocks it. Replaced and never changed, as other
+            threads may be calling this.
     """
 
-    __slots__ = ("_method", "_owner_ref", "before", "missing")
+    __slots__ = ("_method", "_owner_ref", "before", "needs")
 
-    def __init__(self, owner: object, method: str, before: object, missing: _Missing) -> None:
+    def __init__(self, owner: object, method: str, before: object, needs: Mapping[_Hold, frozenset[StateKind]]) -> None:
         self._owner_ref = _reference(owner)
         self._method = method
         self.before = before
-        self.missing = missing
+        self.needs = needs
 
     @property
     def _owner(self) -> object:
@@ -351,16 +362,13 @@ class Blocked:
 
     def forget(self, hold: _Hold) -> None:
         """Let go of it for one guard."""
-        missing = self.missing
-        if hold in missing:
-            is_alone = len(missing) == 1
-            self.missing = _NOBODY if is_alone else {each: missing[each] for each in missing if each is not hold}
+        self.needs = {each: kinds for each, kinds in self.needs.items() if each is not hold}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._method in READING_CALLS and all(hold.gate.is_read_here for hold in self.missing):
+        if self._method in READING_CALLS and all(hold.gate.is_read_here for hold in self._missing()):
             return self._original()(*args, **kwargs)
-        errors = [hold.gate.wait(kinds) for hold, kinds in self.missing.items()]
-        missing = self.missing
+        errors = [hold.gate.wait(kinds) for hold, kinds in self.needs.items()]
+        missing = self._missing()
         if not missing:  # all has arrived
             return self._original()(*args, **kwargs)
         what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
@@ -395,6 +403,11 @@ class Blocked:
             return self(*args, **kwargs)
 
         return function
+
+    def _missing(self) -> Mapping[_Hold, frozenset[StateKind]]:
+        """What is away of what it needs, by the guard that says so."""
+        missing = {hold: kinds & hold.gate.away for hold, kinds in self.needs.items()}
+        return {hold: kinds for hold, kinds in missing.items() if kinds}
 
     def _original(self) -> Callable[..., Any]:
         """What stands where this stood; looked up past a wrapper that somebody may have put around this meanwhile."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,10 +209,10 @@ class LeavesTheGuardBehind(Guard):
     refers to itself.
     """
 
-    def _unblock(self, owner_id: int, methods: Iterable[str]) -> None:
+    def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
         _, standing = self._blocked[owner_id]
-        released = {method: standing[method]._owner for method in methods}
-        super()._unblock(owner_id, released)
+        released = {method: standing[method]._owner for method in standing if method not in staying}
+        super()._unblock(owner_id, staying)
         if "forward" in released:
             owner = released["forward"]
             vars(owner)["forward"] = getattr(owner, "forward")  # noqa: B009
