@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 
 from megastow.cli.bench_tables import bench_table, bench_verdict
+from megastow.device import device_for
 from megastow_conformance.bench import registry
 from megastow_conformance.bench.bits import StateCopy
 from megastow_conformance.bench.registry import choose_rows, known_rows
 from megastow_conformance.bench.result import (
     BenchResult,
+    Bound,
     Figure,
     Goal,
     RankResult,
@@ -25,6 +27,8 @@ from megastow_conformance.bench.result import (
     Timeline,
     Unit,
 )
+from megastow_conformance.bench.session import Session
+from megastow_conformance.demo_models import SIZES
 
 QUICK = ("--repeats=2",)
 
@@ -312,6 +316,18 @@ def test_a_goal_is_met_by_its_own_limit():
     assert not Goal(0.95).is_met_by(0.94)
     assert Goal(1.1, at_most=True).is_met_by(1.1)
     assert not Goal(1.1, at_most=True).is_met_by(1.2)
+
+
+@pytest.mark.parametrize(("seconds", "is_doubted"), [(1.0, False), (0.9, True)])
+def test_a_bound_that_was_beaten_is_doubted(seconds, is_doubted):
+    session = Session(SIZES["tiny"], 1, device_for(torch.device("cpu")), world=1)
+    session.bounds["out"] = Bound("copy out", 100, Spread((1.2, 1.0)))
+    figure = session.over_bound("offload", "out", 100, [seconds] * 3)
+    assert figure.value.median == pytest.approx(1 / seconds)
+    notes, _, _ = session.take_findings()
+    assert [*notes] == [
+        "offload was faster than the copy out, so that was measured too low; run this again"
+    ] * is_doubted
 
 
 def test_the_verdict_says_what_was_compared():

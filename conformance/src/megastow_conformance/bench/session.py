@@ -26,6 +26,7 @@ PHASE_SECONDS = 0.2
 """How long a phase between two moves lasts, where nothing else is asked for; in a job it is seconds or minutes."""
 
 _SLOW_SECONDS = 8.0
+_BEYOND_DOUBT = 1.03  # of a bound; less is within its own spread
 _PAUSE_SECONDS = 0.1
 
 T = TypeVar("T")
@@ -268,6 +269,8 @@ class Session:
         """Bytes over seconds, over one of the bounds of this run."""
         bound = self.bounds[bound_key]
         ratios = Spread.of(nbytes / each / bound.bytes_per_second for each in seconds)
+        if ratios.median > _BEYOND_DOUBT:
+            self.note(f"{name} was faster than the {bound.name}, so that was measured too low; run this again")
         return Figure(name, ratios, against=bound.name, seconds=Spread.of(seconds), nbytes=nbytes)
 
     def any_rank(self, flag: bool) -> bool:
