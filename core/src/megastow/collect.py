@@ -19,13 +19,22 @@ class NamedModules(list[tuple[str, torch.nn.Module]]):
     """What `named_modules` found: one walk serves a whole inventory."""
 
     @cached_property
+    def registered_parameters(self) -> Sequence[tuple[str, torch.nn.Parameter]]:
+        """The parameters of the modules, by all their names, as they were when this was first asked."""
+        return [
+            (f"{path}.{name}" if path else name, parameter)
+            for path, module in self
+            if module._parameters
+            for name, parameter in list(module._parameters.items())
+            if parameter is not None
+        ]
+
+    @cached_property
     def parameters(self) -> Sequence[tuple[str, torch.nn.Parameter]]:
-        """The parameters of the modules, each once, as they were when this was first asked."""
+        """The same, each once, by the first of its names."""
         found: dict[int, tuple[str, torch.nn.Parameter]] = {}
-        for path, module in self:
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None and id(parameter) not in found:
-                    found[id(parameter)] = f"{path}.{name}" if path else name, parameter
+        for entry in self.registered_parameters:
+            found.setdefault(id(entry[1]), entry)
         return list(found.values())
 
 
@@ -106,15 +115,16 @@ def add_modules(
     listed = {_storage_of(tensor) for known in inventory.groups for _, tensor in known.tensors}
     groups: dict[Ranks, TensorGroup] = {(): inventory.group(StateKind.WEIGHTS, "parameters and buffers")}
     others = inventory.group(StateKind.WEIGHTS, "tensor attributes of modules", transient=True)
+    for name, parameter in modules.registered_parameters:
+        ranks = replicas(parameter)
+        if ranks not in groups:
+            groups[ranks] = inventory.group(StateKind.WEIGHTS, "replicated parameters", replicas=ranks)
+        groups[ranks].add(name, parameter)
     no_tensors: set[type] = set()
     for path, module in modules:
-        for name, parameter in list(module._parameters.items()):
-            ranks = () if parameter is None else replicas(parameter)
-            if ranks not in groups:
-                groups[ranks] = inventory.group(StateKind.WEIGHTS, "replicated parameters", replicas=ranks)
-            groups[ranks].add(f"{path}.{name}" if path else name, parameter)
-        for name, tensor in list(module._buffers.items()):
-            groups[()].add(f"{path}.{name}" if path else name, tensor)
+        if module._buffers:
+            for name, tensor in list(module._buffers.items()):
+                groups[()].add(f"{path}.{name}" if path else name, tensor)
         for name, value in tensor_attributes(module, no_tensors):
             if _storage_of(value) not in listed:
                 others.add(f"{path}.{name}" if path else name, value)
@@ -206,10 +216,10 @@ def _entry(name: str, key: object) -> str:
 
 
 def _add_nested(
-    group: TensorGroup, name: str, value: object, takes: Callable[[torch.Tensor], bool] = lambda _: True
+    group: TensorGroup, name: str, value: object, takes: Callable[[torch.Tensor], bool] | None = None
 ) -> None:
     if isinstance(value, torch.Tensor):
-        if takes(value):
+        if takes is None or takes(value):
             group.add(name, value)
     elif isinstance(value, Mapping):
         for key, item in value.items():

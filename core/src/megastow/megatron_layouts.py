@@ -82,11 +82,13 @@ def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
         others: names of attributes that hold none in any module; grows by those that are met, for most modules have no
             other.
     """
-    qualified_name = getattr(unblocked(vars(module).get("forward")), "__qualname__", None)
-    is_replay = isinstance(qualified_name, str) and qualified_name.startswith(_GRAPHED_FORWARDS)
-    found = ["forward"] if is_replay else []
+    found = []
+    if "forward" in vars(module):
+        qualified_name = getattr(unblocked(vars(module)["forward"]), "__qualname__", None)
+        if isinstance(qualified_name, str) and qualified_name.startswith(_GRAPHED_FORWARDS):
+            found.append("forward")
     for attributes in (vars(module), module._modules):  # a manager may be an attribute or a registered submodule
-        if others.issuperset(list(attributes)):
+        if attributes.keys() <= others:
             continue
         for name, value in list(attributes.items()):
             if "cudagraph_manager" in name:

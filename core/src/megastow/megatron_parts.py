@@ -50,6 +50,9 @@ def nested(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+_DISPATCHERS = frozenset({"token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher"})
+
+
 def add_dispatchers(inventory: Inventory, modules: collect.NamedModules) -> None:
     """What MoE token dispatchers have left from the last forward, and their constants.
 
@@ -59,7 +62,9 @@ def add_dispatchers(inventory: Inventory, modules: collect.NamedModules) -> None
     group = inventory.group(StateKind.WEIGHTS, "tensors of MoE token dispatchers", transient=True)
     for path, module in modules:
         attributes = vars(module)
-        for name in ("token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher"):
+        if _DISPATCHERS.isdisjoint(attributes):
+            continue
+        for name in sorted(_DISPATCHERS):
             dispatcher = attributes.get(name)
             if dispatcher is not None:
                 collect.add_attributes(group, f"{path}.{name}", dispatcher)

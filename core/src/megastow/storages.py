@@ -119,9 +119,11 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
     """All distinct device storages of an inventory by identity, unchecked, each with the first kind that claims it."""
     records: dict[int, StorageRecord] = {}
     known: dict[int, StorageRecord] = {}  # by identity of the tensor
+    device = inventory.device
     last: StorageRecord | None = None
     for group in sorted(inventory.groups, key=lambda group: ALL_KINDS.index(group.kind)):
         keep, transient, replicas = group.keep, group.transient, group.replicas
+        told: StorageRecord | None = None  # what has heard of this group last
         for entry in group.tensors:
             tensor = entry[1]
             record = known.get(id(tensor))
@@ -131,7 +133,7 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
                 storage = tensor.untyped_storage()
                 record = last
                 if record is None or storage is not record.storage:  # what is packed mostly lies where the last one did
-                    if tensor.device != inventory.device:
+                    if tensor.device != device:
                         continue
                     key = storage_id(storage)
                     record = records.get(key)
@@ -140,6 +142,9 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
                     last = record
                 record.tensors.append(entry)
                 known[id(tensor)] = record
+            if record is told:
+                continue
+            told = record
             if keep:
                 record.keep = True
             if not transient:
