@@ -214,6 +214,89 @@ def test_guards_that_take_turns_block_for_themselves_only():
         assert (part.look(), vars(part)) == ("seen", {})
 
 
+def test_what_somebody_has_kept_is_no_block_of_anybody():
+    """Saved while one guard has it up, and put back when nothing is away: another one takes it down with its own."""
+    part, one, other = Part(), Guard(), Guard()
+    one.update({StateKind.WEIGHTS}, listing(part))
+    kept = part.look
+    one.update(frozenset(), listing(part))
+    part.look = kept
+    assert part.look() == "seen"
+    other.update({StateKind.WEIGHTS}, listing(part))
+    with pytest.raises(OffloadedError):
+        part.look()
+    other.update(frozenset(), listing(part))
+    assert vars(part) == {}
+    assert copy.deepcopy(part).look() == "seen"
+
+
+def test_a_part_that_is_called_by_another_is_blocked_all_the_same():
+    """Which was given its method while that was blocked, by two guards."""
+    outer, inner, one, other = Part(), Part(), Guard(), Guard()
+    table = call_table(((StateKind.WEIGHTS,), "look"), ((StateKind.GRAD_BUFFERS,), "use"))
+
+    def calls():
+        return [GuardedCalls(outer, table), GuardedCalls(inner, table)]
+
+    both = {StateKind.WEIGHTS, StateKind.GRAD_BUFFERS}
+    one.update(both, calls)
+    other.update({StateKind.WEIGHTS}, calls)
+    outer.look = inner.look
+    one.update({StateKind.WEIGHTS}, calls)
+    one.update(frozenset(), calls)
+    other.update(frozenset(), calls)
+    assert outer.look() == inner.look() == "seen"
+    del outer.look
+    one.update(both, calls)
+    for part in (outer, inner):
+        with pytest.raises(OffloadedError):
+            part.look()
+    one.update(frozenset(), calls)
+    assert vars(outer) == vars(inner) == {}
+
+
+def test_a_part_that_has_left_the_trainer_is_free_behind_a_wrapper():
+    part, stays, guard = Part(), Part(), Guard()
+    guard.update({StateKind.WEIGHTS}, listing(part, stays))
+    inner = part.look
+    part.look = lambda: inner()
+    guard.update(frozenset(), listing(part, stays))
+    guard.update({StateKind.WEIGHTS}, listing(stays))
+    assert part.look() == "seen"
+    guard.close()
+
+
+def test_an_owner_with_two_tables_is_blocked_for_each_from_the_first_moment(monkeypatch):
+    """Kinds that came back one after the other do not change what the next move blocks."""
+    part, guard, seen = Part(), Guard(), []
+    tables = [call_table(((kind,), "look")) for kind in (StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS)]
+
+    def calls(*chosen):
+        return lambda: [GuardedCalls(part, table) for table in chosen]
+
+    guard.update({StateKind.WEIGHTS}, calls(*tables))
+    guard.update({StateKind.MAIN_WEIGHTS}, calls(*tables))
+    guard.update(frozenset(), calls(*tables))
+    block = Guard._block
+
+    def blocking(self, owner, blocks):
+        block(self, owner, blocks)
+        with pytest.raises(OffloadedError):
+            owner.look()
+        seen.append(owner)
+
+    monkeypatch.setattr(Guard, "_block", blocking)
+    guard.update({StateKind.WEIGHTS}, calls(*tables))
+    assert seen == [part, part]
+    guard.update({StateKind.MAIN_WEIGHTS}, calls(*tables))
+    guard.update(frozenset(), calls(*tables))
+    guard.update({StateKind.WEIGHTS}, calls(tables[0]))
+    with pytest.raises(OffloadedError):
+        part.look()
+    guard.update(frozenset(), calls(tables[0]))
+    assert vars(part) == {}
+
+
 def test_what_a_trainer_drops_between_two_moves_is_gone():
     """Its device memory, too: a layer that is replaced, an optimizer that is made anew."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))

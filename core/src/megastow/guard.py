@@ -223,10 +223,13 @@ class Guard:
         self._blocked[id(owner)] = attributes, standing
         for method, kinds in blocks.items():
             blocked = attributes.get(method, _MISSING)
-            if type(blocked) is not Blocked:
-                blocked = Blocked(owner, method, blocked, {})
+            if type(blocked) is not Blocked or blocked.is_of_another(owner):
+                blocked = Blocked(owner, method, blocked, {self._hold: kinds})
+            elif self._hold not in blocked.needs and not blocked.missing():  # somebody has kept it and put it back
+                blocked = Blocked(owner, method, blocked.before, {self._hold: kinds})
             standing[method] = blocked  # first of all, so that whatever interrupts this can be made up for
             if blocked.needs.get(self._hold) != kinds:
+                self._spare.pop(id(owner), None)  # which may have it, and says what it needed
                 blocked.needs = {**blocked.needs, self._hold: kinds}
             attributes[method] = blocked
 
@@ -234,16 +237,15 @@ class Guard:
         """Take away what blocks methods of an owner, but for some; others that need it keep it."""
         attributes, standing = self._blocked[owner_id]
         for method, blocked in standing.items():
-            if method in staying:
+            if method in staying or self._hold not in blocked.needs:
                 continue
-            if len(blocked.needs) > 1:
+            if len(blocked.needs) > 1 or attributes.get(method) is not blocked:  # or somebody has put something there
                 self._spare.pop(owner_id, None)
                 blocked.forget(self._hold)
-            elif self._hold in blocked.needs and attributes.get(method) is blocked:  # and nothing that came since
-                if blocked.before is _MISSING:
-                    del attributes[method]
-                else:
-                    attributes[method] = blocked.before
+            elif blocked.before is _MISSING:
+                del attributes[method]
+            else:
+                attributes[method] = blocked.before
         if staying:
             self._blocked[owner_id] = attributes, {m: standing[m] for m in standing if m in staying}
         else:
@@ -360,15 +362,24 @@ class Blocked:
             raise ReferenceError(f"{self._method} was taken from an object that is gone; hold the object as well")
         return owner
 
+    def is_of_another(self, owner: object) -> bool:
+        """Whether it was made for another instance than this one, to which somebody has given it."""
+        return self._owner_ref() is not owner
+
     def forget(self, hold: _Hold) -> None:
         """Let go of it for one guard."""
         self.needs = {each: kinds for each, kinds in self.needs.items() if each is not hold}
 
+    def missing(self) -> Mapping[_Hold, frozenset[StateKind]]:
+        """What is away of what it needs, by the guard that says so."""
+        missing = {hold: kinds & hold.gate.away for hold, kinds in self.needs.items()}
+        return {hold: kinds for hold, kinds in missing.items() if kinds}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._method in READING_CALLS and all(hold.gate.is_read_here for hold in self._missing()):
+        if self._method in READING_CALLS and all(hold.gate.is_read_here for hold in self.missing()):
             return self._original()(*args, **kwargs)
         errors = [hold.gate.wait(kinds) for hold, kinds in self.needs.items()]
-        missing = self._missing()
+        missing = self.missing()
         if not missing:  # all has arrived
             return self._original()(*args, **kwargs)
         what = f"{_READABLE.get(self._method, self._method)} of {type(self._owner).__name__}"
@@ -403,11 +414,6 @@ class Blocked:
             return self(*args, **kwargs)
 
         return function
-
-    def _missing(self) -> Mapping[_Hold, frozenset[StateKind]]:
-        """What is away of what it needs, by the guard that says so."""
-        missing = {hold: kinds & hold.gate.away for hold, kinds in self.needs.items()}
-        return {hold: kinds for hold, kinds in missing.items() if kinds}
 
     def _original(self) -> Callable[..., Any]:
         """What stands where this stood; looked up past a wrapper that somebody may have put around this meanwhile."""

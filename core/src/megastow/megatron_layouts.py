@@ -83,8 +83,9 @@ def _captured_graphs(module: torch.nn.Module, others: set[str]) -> str | None:
             other.
     """
     found = []
-    if "forward" in vars(module):
-        qualified_name = getattr(unblocked(vars(module)["forward"]), "__qualname__", None)
+    forward = vars(module).get("forward")
+    if forward is not None:
+        qualified_name = getattr(unblocked(forward), "__qualname__", None)
         if isinstance(qualified_name, str) and qualified_name.startswith(_GRAPHED_FORWARDS):
             found.append("forward")
     for attributes in (vars(module), module._modules):  # a manager may be an attribute or a registered submodule

@@ -50,7 +50,7 @@ def nested(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-_DISPATCHERS = frozenset({"token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher"})
+_DISPATCHERS = ("token_dispatcher", "_training_token_dispatcher", "_saved_token_dispatcher")
 
 
 def add_dispatchers(inventory: Inventory, modules: collect.NamedModules) -> None:
@@ -62,9 +62,9 @@ def add_dispatchers(inventory: Inventory, modules: collect.NamedModules) -> None
     group = inventory.group(StateKind.WEIGHTS, "tensors of MoE token dispatchers", transient=True)
     for path, module in modules:
         attributes = vars(module)
-        if _DISPATCHERS.isdisjoint(attributes):
+        if attributes.keys().isdisjoint(_DISPATCHERS):
             continue
-        for name in sorted(_DISPATCHERS):
+        for name in _DISPATCHERS:
             dispatcher = attributes.get(name)
             if dispatcher is not None:
                 collect.add_attributes(group, f"{path}.{name}", dispatcher)
