@@ -4,7 +4,8 @@
     PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True python benchmarks/driver_costs.py
 
 Needs torch with CUDA and nothing of megastow. Device memory: 13 GB; host memory: 6.5 GB, page-locked. Each line is one
-measurement; a ratio is the time of the plain copies over that of the whole.
+measurement; a ratio is the time of the plain copies over that of the whole. Where there are two GPUs, a process for
+each of them gives memory back, at the same time and one after the other.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.multiprocessing
 
 BLOCKS = 24
 BLOCK_BYTES = 512 << 20
 PAUSE_SECONDS = 0.4
+PROCESSES = 2
+REPEATS = 5
 
 
 def main() -> int:
@@ -40,7 +45,30 @@ def main() -> int:
             costs.onload(back, interleaved=interleaved, pause=pause)
     for each in (BLOCKS, 1, 4):
         costs.offload(out, each)
+    if torch.cuda.device_count() >= PROCESSES:
+        barrier = torch.multiprocessing.get_context("spawn").Barrier(PROCESSES)
+        torch.multiprocessing.spawn(give_back, (barrier,), PROCESSES)
     return 0
+
+
+def give_back(number: int, barrier: Any) -> None:
+    """One of several processes that give all blocks back, each those of a device of its own."""
+    torch.cuda.set_device(number)
+    for how, seconds_apart in (("at the same time", 0.0), ("one after the other", PAUSE_SECONDS / 2)):
+        found = []
+        for _ in range(REPEATS):
+            blocks = take()
+            for block in blocks:
+                block.zero_()
+            torch.cuda.synchronize()
+            del blocks, block
+            barrier.wait()
+            time.sleep(PAUSE_SECONDS + number * seconds_apart)
+            start = time.perf_counter()
+            torch.cuda.empty_cache()
+            found.append(f"{(time.perf_counter() - start) * 1e3:.1f}")
+        say(f"process {number} of {PROCESSES}, giving all back {how}: {', '.join(found)} ms")
+        barrier.wait()
 
 
 class Costs:
