@@ -24,9 +24,10 @@ from megastow.errors import (
     UnsupportedLayoutError,
     UnsupportedTensorError,
 )
+from megastow.factory import create_memory_manager, create_trainer_memory_manager
 from megastow.handle import TransferHandle
 from megastow.machine import HostLimits
-from megastow.manager import MemoryManager, create_memory_manager, create_trainer_memory_manager
+from megastow.manager import MemoryManager
 from megastow.megatron import MegatronInfo, detect_megatron
 from megastow.plan import KindPlan, MovePlan
 from megastow.read_only import ReadOnlyTensor

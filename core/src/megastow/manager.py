@@ -1,42 +1,34 @@
-"""The interface: `MemoryManager`, what users call, and the two factories that make one."""
+"""The interface: `MemoryManager`, what users call."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import os
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 
-from megastow import arguments, machine, threads
+from megastow import arguments, threads
 from megastow.adapter import BoundAdapter
 from megastow.agreement import (
-    ALONE,
     ANSWERS,
-    DEFAULT_AGREE_SECONDS,
     NOTES,
     Agreement,
-    Ballot,
     Call,
     Point,
-    agreement_of,
 )
-from megastow.derived import DerivableBuffer, derivable_buffers_of
+from megastow.derived import DerivableBuffer
 from megastow.device import device_for
 from megastow.disk import DiskFolder
-from megastow.engine import DEFAULT_BUCKET_BYTES, Engine, Inspection
+from megastow.engine import Engine, Inspection
 from megastow.errors import (
     ForkedProcessError,
-    InvalidArgumentError,
     InvalidTypeError,
     ManagerClosedError,
     NotOnHostError,
@@ -47,258 +39,19 @@ from megastow.errors import (
 from megastow.guard import Guard
 from megastow.handle import DEFAULT_WINDOW_BYTES, MemoryPermit, TransferHandle
 from megastow.host_view import HostViews, host_state_dict, host_tensor
+from megastow.move import Move, Where, clear_frames, in_words
 from megastow.on_host import on_host
 from megastow.plan import MovePlan
-from megastow.registry import choose_adapter
 from megastow.replicas import NO_REPLICAS, Circle, HostReplicas
-from megastow.report import Direction, KindReport, TransferReport, format_bytes
+from megastow.report import Direction, TransferReport, format_bytes
 from megastow.residue import DEFAULT_RESIDUE_BYTES, DEFAULT_STORAGES, Home, Residue, Subject, explain, measure
 from megastow.state import ALL_KINDS, Inventory, KindLike, Residency, StateKind, parse_kinds
 from megastow.storages import list_storages, storage_id
-from megastow.tiers import HOST_MEMORY, HostMemory
-from megastow.transport import DEFAULT_CHUNK_BYTES
+from megastow.tiers import HostMemory
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-
-def create_memory_manager(
-    model: torch.nn.Module | Sequence[torch.nn.Module],
-    optimizer: Any = None,
-    *,
-    adapter: str | None = None,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
-    host_memory: HostMemory = "pinned",
-    disk_folder: str | os.PathLike[str] | None = None,
-    verify: Literal["none", "digest"] = "none",
-    derive_weights: bool = False,
-    group: torch.distributed.ProcessGroup | None = None,
-    agree_timeout: float = DEFAULT_AGREE_SECONDS,
-    replicas: bool = False,
-) -> MemoryManager:
-    """Make the manager of a trainer's (or any module's) device memory.
-
-    Nothing is moved, and no host memory is taken, before the first call that needs it. The one thing that changes is a
-    forward hook on the innermost modules, which protects backward passes while state is away; `close` removes it.
-
-    Args:
-        model: Megatron's DistributedDataParallel chunk or a list of them (virtual pipeline), or a plain module.
-        optimizer: what `get_megatron_optimizer` returned, or a torch optimizer over a plain module, or None.
-        adapter: use this adapter instead of the one that accepts; for a Megatron version that no adapter knows yet.
-        bucket_bytes: size of the device buckets that small tensors are packed into, and the extra device memory that
-            packing needs, once.
-        chunk_bytes: the most that one copy carries.
-        host_memory: where copies are kept. "pinned": page-locked memory. "pageable": memory that is not page-locked.
-            "disk": files. "auto": page-locked memory as far as the host has room for all local ranks, and files for the
-            rest, optimizer states first, then main weights, then weights; memory that cannot be page-locked stays
-            pageable. All but "pinned" copy through a page-locked buffer of at most 64 MiB.
-        disk_folder: an existing folder on a disk, where files are made in a folder of this user's own; None for
-            $TMPDIR, or /var/tmp. The files have no names, are readable by this user only, and go with the process.
-        verify: "digest" computes 64 bits for each storage that is kept, on the device, before it leaves and when it is
-            back; a difference raises `CorruptionError`. Runs beside the copies, and takes 8 MiB of device memory more
-            in each move. What it catches is told in `megastow.digest`.
-        derive_weights: do not keep weights that are a cast of main weights; rebuild them on the device when they come
-            back, with main weights or after them. Each offload of weights proves it first, bit by bit (one pass over
-            weights and main weights at the device's own speed, and 24 MiB of device memory); what fails the proof is
-            kept, and reports say so. Needs an adapter that can tell (`mcore`, `legacy_v3`), and a `group` that contains
-            the ranks that gather parameters together, where there are several: an onload of weights all-gathers over
-            Megatron's own groups. While one is under way in the background, use none of those.
-        group: the ranks that move together: `torch.distributed.group.WORLD`, or any group that this process is in. This
-            call and every offload and onload is then collective over the group, and happens on all of its ranks or on
-            none. Managers of a group are made in the same order on all of its ranks. None: each rank on its own.
-        agree_timeout: seconds that ranks wait for each other at the start and before the end of such a call; with the
-            default well under NCCL's. It has to cover what ranks are apart when they call.
-        replicas: of what is the same on several ranks of a host (data-parallel weights; without the distributed
-            optimizer all lasting state), each keeps only its part in host memory. On the way back each brings its part
-            over its own link, and an all-gather rebuilds the whole in place: NCCL on a GPU, with a communicator of its
-            own; gloo on the CPU. It takes no device memory beside NCCL's own. The ranks move together, as with `group`,
-            which is `torch.distributed.group.WORLD` if it is not given. Digests (see `verify`) tell in every offload
-            whether the bytes really are the same; of what is not, each rank keeps all, and the report says so. What is
-            shared is released at the end of an offload, when all ranks have confirmed it. A rank that is lost takes its
-            part with it; views of host memory (`host_tensor`, `host_state_dict`, `on_host`) of what is shared raise
-            `NotOnHostError`; and `close` is collective while something is offloaded. See `megastow.replicas`.
-
-    Raises:
-        InvalidTypeError: `model` is not a module or a list of modules.
-        InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory` or
-            `verify`, a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
-            for it, `derive_weights` with an adapter that cannot do it, or without the `group` that it needs, or
-            `replicas` without torch.distributed.
-        AgreementError: the ranks of `group` made different calls.
-        PeerError: another rank of `group` failed, or did not come within `agree_timeout`.
-        AdapterSelectionError: not exactly one adapter accepts.
-        UnsupportedLayoutError: the adapter knows that layout and cannot move it.
-        StateChangedError: another manager has offloaded this model at present.
-    """
-    arguments.flags(replicas=replicas)
-    if replicas and group is None:
-        group = _world()
-    agreement = agreement_of(group, agree_timeout)
-    options = ", derive_weights" if derive_weights else ""
-    options += f", replicas=True, chunk_bytes={chunk_bytes}" if replicas else ""
-    call = Call(f"create_memory_manager(agree_timeout={agree_timeout:g}{options})", (*[NOTES] * replicas, None))
-    with agreement.making(call) as ballot:
-        manager = _create(
-            model,
-            optimizer,
-            adapter,
-            agreement,
-            bucket_bytes=bucket_bytes,
-            chunk_bytes=chunk_bytes,
-            host_memory=host_memory,
-            disk_folder=disk_folder,
-            verify=verify,
-            derive_weights=derive_weights,
-            group=group,
-            circle=_circle(group, agreement, agree_timeout, ballot) if replicas and group is not None else None,
-        )
-        try:
-            ballot.confirm()
-        except BaseException:
-            manager.close()
-            raise
-    return manager
-
-
-def _create(
-    model: torch.nn.Module | Sequence[torch.nn.Module],
-    optimizer: Any,
-    adapter: str | None,
-    agreement: Agreement,
-    *,
-    bucket_bytes: int,
-    chunk_bytes: int,
-    host_memory: HostMemory,
-    disk_folder: str | os.PathLike[str] | None,
-    verify: Literal["none", "digest"],
-    derive_weights: bool,
-    group: torch.distributed.ProcessGroup | None,
-    circle: Circle | None,
-) -> MemoryManager:
-    """Check the arguments, choose the adapter, make the manager."""
-    given: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
-    for chunk in given:
-        if not isinstance(chunk, torch.nn.Module):
-            raise InvalidTypeError(
-                f"model is or contains a {type(chunk).__qualname__}; expected a torch.nn.Module (Megatron's "
-                "DistributedDataParallel chunk, or any module) or a list of them"
-            )
-    chunks: list[torch.nn.Module] = given
-    if not chunks:
-        raise InvalidArgumentError("model is an empty list; expected at least one module")
-    arguments.whole_number("bucket_bytes", bucket_bytes, "bytes", least=1)
-    arguments.whole_number("chunk_bytes", chunk_bytes, "bytes", least=1)
-    arguments.flags(derive_weights=derive_weights)
-    if verify not in ("none", "digest"):
-        raise InvalidArgumentError(f"verify is {verify!r}; expected 'none' or 'digest'")
-    folder = _disk_folder(host_memory, disk_folder)
-    chosen = choose_adapter(chunks, optimizer, adapter)
-    logger.info("adapter %s takes charge of %d chunk(s)", chosen.name, len(chunks))
-    bound = chosen.bind(chunks, optimizer)
-    return MemoryManager(
-        bound,
-        bucket_bytes=bucket_bytes,
-        chunk_bytes=chunk_bytes,
-        host_memory=host_memory,
-        folder=folder,
-        digests=verify == "digest",
-        agreement=agreement,
-        derivable=derivable_buffers_of(bound, group) if derive_weights else None,
-        circle=circle,
-    )
-
-
-def _world() -> torch.distributed.ProcessGroup:
-    """All ranks, for managers with replicas that are not told which."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise InvalidArgumentError(
-            "replicas=True needs torch.distributed, which is not initialised: there are no ranks to share with. Call "
-            "torch.distributed.init_process_group first, or leave replicas out"
-        )
-    world = torch.distributed.group.WORLD
-    assert world is not None
-    return world
-
-
-def _circle(
-    group: torch.distributed.ProcessGroup, agreement: Agreement, seconds: float, ballot: Ballot
-) -> Circle | None:
-    """The ranks of a group by the hosts that they are on; None if there is only one rank."""
-    hosts = ballot.exchange(machine.host_identity(), torch.distributed.get_process_group_ranks(group))
-    return Circle(group, hosts, seconds, agreement.name) if hosts else None
-
-
-def _disk_folder(host_memory: HostMemory, disk_folder: str | os.PathLike[str] | None) -> DiskFolder:
-    """Check what a caller says of where copies are to be kept."""
-    if host_memory not in HOST_MEMORY:
-        raise InvalidArgumentError(f"host_memory is {host_memory!r}; expected one of {', '.join(HOST_MEMORY)}")
-    if disk_folder is not None and not isinstance(disk_folder, (str, os.PathLike)):
-        raise InvalidTypeError(f"disk_folder is a {type(disk_folder).__qualname__}; expected a path or None")
-    if disk_folder is not None and not os.fspath(disk_folder):
-        raise InvalidArgumentError("disk_folder is empty; expected the path of an existing folder, or None")
-    folder = DiskFolder(disk_folder)
-    if host_memory == "disk":
-        folder.check()
-    return folder
-
-
-def create_trainer_memory_manager(
-    model: torch.nn.Module | Sequence[torch.nn.Module],
-    optimizer: Any,
-    use_distributed_optimizer: bool,
-    accumulate_allreduce_grads_in_fp32: bool,
-    params_dtype: torch.dtype,
-    bucket_size_mb: int = 0,
-    **options: Any,
-) -> MemoryManager:
-    """Make a manager from the classic signature. What it is told is checked against what is found.
-
-    With `group`, this call is collective: a rank that is told something wrong makes it fail on all of them.
-
-    Args:
-        model: as for `create_memory_manager`.
-        optimizer: as for `create_memory_manager`.
-        use_distributed_optimizer: whether the optimizer is Megatron's DistributedOptimizer.
-        accumulate_allreduce_grads_in_fp32: whether gradient buffers are fp32.
-        params_dtype: dtype of most parameters.
-        bucket_size_mb: size of the device buckets in MiB; 0 for the default.
-        **options: what else `create_memory_manager` takes, such as `group`, `host_memory` or `verify`.
-
-    Raises:
-        InvalidArgumentError: an argument disagrees with the trainer; and whatever `create_memory_manager` raises.
-    """
-    arguments.whole_number("bucket_size_mb", bucket_size_mb, "MiB (0 for the default)")
-    told = {
-        "use_distributed_optimizer": use_distributed_optimizer,
-        "accumulate_allreduce_grads_in_fp32": accumulate_allreduce_grads_in_fp32,
-        "params_dtype": params_dtype,
-    }
-    bucket_bytes = (bucket_size_mb << 20) or DEFAULT_BUCKET_BYTES
-    manager = create_memory_manager(model, optimizer, bucket_bytes=bucket_bytes, **options)
-    try:
-        with manager._agreement.making(Call("create_trainer_memory_manager")):
-            _check_told(told, manager.facts)
-    except BaseException:
-        manager.close()
-        raise
-    return manager
-
-
-def _check_told(told: Mapping[str, object], facts: Mapping[str, object]) -> None:
-    """Hold what a caller says of a trainer against what was found.
-
-    Raises:
-        InvalidArgumentError: something is not so.
-    """
-    wrong = [
-        f"{name} is given as {value!r}, and the trainer has {facts[name]!r}"
-        for name, value in told.items()
-        if name in facts and facts[name] != value
-    ]
-    if wrong:
-        raise InvalidArgumentError(f"{'; '.join(wrong)}. Correct the arguments, or use create_memory_manager")
 
 
 class MemoryManager:
@@ -613,7 +366,7 @@ class MemoryManager:
             release_workspaces=release_workspaces,
             give_back=give_back,
             inspect=self._inspection(strict, max_residue_bytes),
-            where=_Where.BACKGROUND if non_blocking else _Where.HERE,
+            where=Where.BACKGROUND if non_blocking else Where.HERE,
         )
 
     def _offload_beside(self) -> TransferHandle:
@@ -621,7 +374,7 @@ class MemoryManager:
 
         Until the guard is up, which takes milliseconds, the caller must not use the trainer.
         """
-        handle = self._offload(ALL_KINDS, give_back=False, where=_Where.BESIDE)
+        handle = self._offload(ALL_KINDS, give_back=False, where=Where.BESIDE)
         assert isinstance(handle, TransferHandle)
         return handle
 
@@ -633,9 +386,9 @@ class MemoryManager:
         release_workspaces: bool = False,
         give_back: bool = True,
         inspect: Inspection | None = None,
-        where: _Where,
+        where: Where,
     ) -> TransferReport | TransferHandle:
-        def act(move: _Move) -> None:
+        def act(move: Move) -> None:
             moving = [k for k in wanted if not self._engine.is_away(k)]
             if moving:
                 self._finish_preparing()
@@ -654,7 +407,7 @@ class MemoryManager:
                 move.notes.extend(self._engine.derive_notes())
             move.notes.extend(self._engine.sharing_notes(moving))
 
-        what = _in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * (where is not _Where.HERE))
+        what = in_words("offload", wanted, "keep_grads" * keep_grads, "non_blocking" * (where is not Where.HERE))
         rounds = (*[ANSWERS] * self._engine.derives(wanted), *[NOTES] * self._shares, None)
         call = Call(what, rounds)
         return self._run("offload", wanted, act, where, call, release_workspaces=release_workspaces)
@@ -731,7 +484,7 @@ class MemoryManager:
                 "beside", beside, TransferHandle, "what offload(non_blocking=True) of another manager has returned"
             )
 
-        def act(move: _Move) -> None:
+        def act(move: Move) -> None:
             permit = None
             if beside is not None or wait_for_memory > 0:
                 permit = MemoryPermit(self._device.free_bytes, wait_for_memory, beside, window_bytes)
@@ -744,8 +497,8 @@ class MemoryManager:
         rounds: list[Point] = [*[NOTES] * self._shares, *one_by_one]
         if self._engine.derives(wanted):
             rounds.insert(rounds.index(StateKind.WEIGHTS if non_blocking else None), ANSWERS)
-        call = Call(_in_words("onload", wanted, "non_blocking" * non_blocking), tuple(rounds), wait_for_memory)
-        return self._run("onload", wanted, act, _Where.BACKGROUND if non_blocking else _Where.HERE, call)
+        call = Call(in_words("onload", wanted, "non_blocking" * non_blocking), tuple(rounds), wait_for_memory)
+        return self._run("onload", wanted, act, Where.BACKGROUND if non_blocking else Where.HERE, call)
 
     def wait(self) -> None:
         """Wait until no move and no preparation of this manager is under way.
@@ -945,7 +698,7 @@ class MemoryManager:
         with self._exclusive():
             if self._closed or self._discarded:
                 return mine
-            call = Call(_in_words("onload", [*report.kinds], "after a block"), (ANSWERS,))
+            call = Call(in_words("onload", [*report.kinds], "after a block"), (ANSWERS,))
             with self._agreement.making(call) as ballot:
                 found = ballot.ask({kind.value: "away" for kind in mine})
         return [kind for kind in report.kinds if kind.value in found]
@@ -983,8 +736,8 @@ class MemoryManager:
         self,
         direction: Direction,
         wanted: Sequence[StateKind],
-        act: Callable[[_Move], None],
-        where: _Where,
+        act: Callable[[Move], None],
+        where: Where,
         call: Call,
         *,
         release_workspaces: bool = False,
@@ -995,18 +748,18 @@ class MemoryManager:
             self._check_not_reading()
             if is_inside and not self._closing:
                 raise _called_inside()
-            move = _Move(direction, self._device.memory(), call)
+            move = Move(direction, self._device.memory(), call)
             if release_workspaces:  # here in any case: what the caller does next uses them, or is about to
                 try:
                     move.notes.append(self._release_workspaces())
                 except BaseException as error:
                     self._agreement.decline(error)
                     raise
-            if where is _Where.HERE:
+            if where is Where.HERE:
                 return self._make(move, wanted, act)
-            return self._start(move, wanted, act, guards=where is _Where.BACKGROUND)
+            return self._start(move, wanted, act, guards=where is Where.BACKGROUND)
 
-    def _make(self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None]) -> TransferReport:
+    def _make(self, move: Move, wanted: Sequence[StateKind], act: Callable[[Move], None]) -> TransferReport:
         """What every move has around it: the guard brought in line with the truth, the report."""
         try:
             try:
@@ -1026,7 +779,7 @@ class MemoryManager:
         return report
 
     def _start(
-        self, move: _Move, wanted: Sequence[StateKind], act: Callable[[_Move], None], *, guards: bool
+        self, move: Move, wanted: Sequence[StateKind], act: Callable[[Move], None], *, guards: bool
     ) -> TransferHandle:
         """Guard what is about to move, unless the move is to do that when it has begun, and make it in a thread."""
         is_offload = move.direction == "offload"
@@ -1045,7 +798,7 @@ class MemoryManager:
             except BaseException as error:
                 logger.warning("%s in the background failed: %s", move.direction, error)
                 handle.freeze()
-                _clear_frames(error)
+                clear_frames(error)
                 pending.set_exception(error)
             else:
                 handle.freeze()
@@ -1162,49 +915,3 @@ def _called_inside() -> TransferError:
         "more: a finalizer (`__del__`, the callback of a weak reference) or a callback of the job. Nothing was done "
         "for that. Leave moves to the job's own course"
     )
-
-
-def _in_words(direction: Direction, kinds: Sequence[StateKind], *options: str) -> str:
-    """A call as ranks compare it, and as their errors show it."""
-    return f"{direction}({', '.join([*kinds, *filter(None, options)])})"
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, and of those behind it: plans and records, and so device memory."""
-    seen: set[int] = set()  # errors may lead to each other in a circle
-    left = [error]
-    while left:
-        error = left.pop()
-        if error is not None and id(error) not in seen:
-            seen.add(id(error))
-            traceback.clear_frames(error.__traceback__)
-            left += [error.__cause__, error.__context__]
-
-
-class _Where(enum.Enum):
-    """In which thread a move is made: the caller's, or one of its own, where the caller goes on or waits beside it."""
-
-    HERE = enum.auto()
-    BACKGROUND = enum.auto()
-    BESIDE = enum.auto()
-
-
-class _Move:
-    """What a move gathers for its report."""
-
-    def __init__(self, direction: Direction, before: Any, call: Call) -> None:
-        self.direction: Direction = direction
-        self.kinds: dict[StateKind, KindReport] = {}
-        self.notes: list[str] = []
-        self._start = time.perf_counter()
-        self.call = call
-        self.ballot: Ballot = ALONE
-        self._seconds = 0.0
-        self._before = self._after = before
-
-    def finish(self, after: Any) -> None:
-        self._seconds = time.perf_counter() - self._start
-        self._after = after
-
-    def report(self) -> TransferReport:
-        return TransferReport(self.direction, self.kinds, self._seconds, self._before, self._after, tuple(self.notes))
