@@ -1,6 +1,7 @@
 """The command line: what the doctor concludes from facts, and how the commands fail when something is missing."""
 
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import pytest
 from packaging.version import Version
-from rich.console import Console
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 from typer.testing import CliRunner
 
 from megastow.cli import doctor, gpus
 from megastow.cli.app import app
+from megastow.cli.console import print_group
 from megastow.cli.doctor import Diagnosis, examine
 from megastow.cli.gpus import Driver, Gpu
+from megastow.cli.launch import what_cannot_be_written
 from megastow.cli.tables import diagnosis_tables
 from megastow.machine import CgroupMemory, HostLimits
 from megastow.megatron import MegatronInfo
@@ -245,7 +250,7 @@ def test_the_doctor_runs_here_and_imports_no_megatron():
 def test_a_missing_extra_is_named():
     result = run_python("import sys; sys.modules['typer'] = None; from megastow.cli import main; main(['doctor'])")
     assert result.returncode == 1
-    assert 'pip install "megastow[cli]"' in result.stderr
+    assert 'pip install -e "core[cli]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -254,8 +259,25 @@ def test_a_command_that_trains_says_what_to_install_where_its_package_is_missing
     code = "import sys; sys.modules['megastow_conformance'] = None; from megastow.cli import main; "
     result = run_python(code + f"main(['{command}'])")
     assert result.returncode == 3
-    assert 'pip install "megastow[demo]"' in result.stderr
+    assert 'pip install -e "core[demo]"' in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_narrow_terminal_shows_all_figures_of_a_table():
+    table = Table(*(f"heading {number}" for number in range(9)))
+    table.add_row(*(f"{number}.1234567" for number in range(9)))
+    written = io.StringIO()
+    console = Console(file=written, width=80, force_terminal=True, highlight=False)
+    print_group(console, Group(table, Text("and words that are folded at their ends " * 4)))
+    lines = written.getvalue().splitlines()
+    assert all(f"{number}.1234567" in written.getvalue() for number in range(9))
+    assert max(len(line) for line in lines if "words" in line) <= 80
+
+
+def test_a_file_that_could_not_be_written_at_the_end_is_told_at_the_start(tmp_path):
+    missing = tmp_path / "missing" / "result.json"
+    assert what_cannot_be_written([None, tmp_path / "result.json", Path("result.json")]) is None
+    assert f"there is no folder {missing.parent}" in what_cannot_be_written([None, missing])
 
 
 def test_the_version_is_printed():

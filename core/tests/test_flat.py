@@ -23,7 +23,12 @@ class Packer:
         group = inventory.group(kind, "test", keep=keep)
         for index, tensor in enumerate(tensors):
             group.add(str(index), tensor)
-        return self.flat.pack(find_storages(inventory, [kind], ()))
+        records = find_storages(inventory, [kind], ())
+        groups = self.flat.groups(records)
+        foreseen = [bucket.nbytes for bucket in self.flat.buckets(groups)]
+        self.flat.pack(groups)
+        assert [{record.nbytes for record in group} for group in groups] == [{nbytes} for nbytes in foreseen]
+        return sum(map(len, groups))
 
 
 def one_storage(*tensors):

@@ -335,6 +335,8 @@ def test_discarding_says_that_the_state_is_gone(trainer):
     manager = make(trainer)
     manager.offload("weights")
     manager.close(discard=True)
+    with pytest.raises(ManagerClosedError, match=r"discard=True.*lost.*checkpoint"):
+        manager.onload()
     assert manager.host_bytes == 0
     assert manager.residency("weights") is Residency.OFFLOADED
     assert manager.residency("main_weights") is Residency.RESIDENT

@@ -28,6 +28,20 @@ def manager(trainer):
     made.close()
 
 
+def test_clones_of_tied_weights_are_one():
+    """As in the state dict of a model on the device: a file has their bytes once, and both names load to one tensor."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    before = {name: raw(tensor) for name, tensor in model.state_dict().items()}
+    with create_memory_manager(model) as manager, manager.offloaded():
+        cloned = manager.on_host(model.state_dict, clone=True)
+        assert {name: raw(tensor) for name, tensor in cloned.items()}.keys() == before.keys()
+        assert all(torch.equal(raw(cloned[name]), before[name]) for name in before)
+        places = {name: tensor.untyped_storage().data_ptr() for name, tensor in cloned.items()}
+        assert places["0.weight"] == places["2.weight"]
+        assert len(set(places.values())) == len(places) - 1
+
+
 def whole_state(trainer):
     return {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict(), "main": trainer.main}
 

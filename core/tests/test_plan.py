@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from core_toys import KINDS, assert_same, device_bytes, moved, snapshot, storages
+from core_toys import KINDS, Trainer, assert_same, device_bytes, moved, snapshot, storages
 
 from megastow import HostMemoryError, ManagerClosedError, Residency, StateKind, create_memory_manager, machine
 from megastow.host import ALIGNMENT_BYTES
 from megastow.machine import HostLimits
+from megastow.tiers import HOST_MEMORY
 
 
 @pytest.fixture
@@ -35,6 +36,26 @@ def test_an_offload_takes_what_was_planned(trainer, manager, keep_grads):
     assert {kind: entry.num_tensors for kind, entry in plan.kinds.items()} == {
         kind: entry.num_tensors for kind, entry in report.kinds.items()
     }
+
+
+@pytest.mark.parametrize("host_memory", HOST_MEMORY)
+def test_a_first_offload_takes_what_was_planned_for_what_it_packs(host_memory, disk_folder):
+    """Files, and memory that may become one, are made of whole pages: small storages take less in a bucket."""
+    trainer = Trainer(width=48)
+    options = {"host_memory": host_memory, "disk_folder": disk_folder, "bucket_bytes": 20_000}
+    with create_memory_manager(trainer.model, trainer.optimizer, **options) as manager:
+        for kinds in (["weights"], KINDS):
+            plan = manager.plan(*kinds)
+            held = manager.host_bytes, manager.disk_bytes
+            report = manager.offload(*kinds)
+            for kind in kinds:
+                planned, taken = plan.kinds[kind], report.kinds[kind]
+                if taken.moved:
+                    assert (planned.host_bytes, planned.disk_bytes) == (taken.host_bytes, taken.disk_bytes)
+            assert manager.disk_bytes - held[1] == plan.new_disk_bytes
+            makes_buffers = host_memory != "pinned" and not any(held)  # through which slower tiers copy
+            assert makes_buffers or manager.host_bytes - held[0] == plan.new_host_bytes
+        manager.onload()
 
 
 def test_packing_is_planned_once(trainer, manager):

@@ -175,3 +175,22 @@ manager.onload()
 """
     with ThreadPoolExecutor(4) as pool:  # one alone was aborted in one of three times
         list(pool.map(run_python, [code] * 8))
+
+
+def test_a_move_at_the_very_end_of_the_interpreter_is_refused():
+    """By a finalizer: threads are gone, and torch would end the process in the middle of it."""
+    late = """
+    manager.offload()
+
+
+    class Late:
+        def __del__(self, onload=manager.onload, write=os.write):
+            try:
+                onload()
+            except Exception as error:
+                write(1, str(error).encode())
+
+
+    late = Late()
+    """
+    assert "the interpreter is shutting down" in run_python(SET_UP + textwrap.dedent(late))

@@ -281,6 +281,24 @@ def test_auto_keeps_pageable_what_the_driver_does_not_lock(trainer, disk_folder,
     assert_same(before, snapshot(trainer.tensors(KEPT)))
 
 
+def test_passing_tensors_that_are_kept_elsewhere_are_no_news(disk_folder, monkeypatch):
+    model = torch.nn.Linear(64, 64)
+    model.left_by_a_forward = torch.ones(8)
+
+    def lock(device, address, nbytes):
+        if nbytes <= machine.PAGE_BYTES:
+            raise HostMemoryError("page-locking failed")
+
+    monkeypatch.setattr(CpuDevice, "lock_pages", lock)
+    options = {"host_memory": "auto", "disk_folder": disk_folder}
+    with create_memory_manager(model, **options) as manager:
+        report = manager.offload("weights")
+        assert manager.plan("weights").kinds["weights"].tier is Tier.PINNED
+        assert report.notes == ()
+        manager.onload()
+    assert torch.equal(model.left_by_a_forward, torch.ones(8))
+
+
 def test_a_refused_lock_refuses_the_offload_where_pinned_memory_was_asked_for(trainer, monkeypatch):
     def refuse(device, address, nbytes):
         raise HostMemoryError("page-locking failed")

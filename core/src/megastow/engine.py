@@ -50,7 +50,7 @@ from megastow.errors import (
     StateChangedError,
     TransferError,
 )
-from megastow.flat import FlatTensors
+from megastow.flat import FlatTensors, Group
 from megastow.forking import process_lock
 from megastow.head_start import Begun, LastPlaces
 from megastow.host import HostArena, align_up
@@ -189,7 +189,7 @@ class Engine:
             f"{kind} is kept in the tier {tier}: {why}"
             for kind in kinds
             for key, (tier, why) in demoted.items()
-            if isinstance(key, RegionKey) and key.kind is kind
+            if key == RegionKey(kind) or key == RegionKey(kind, is_shared=True)
         ]
 
     def derives(self, kinds: Collection[StateKind]) -> bool:
@@ -235,11 +235,13 @@ class Engine:
         here = [kind for kind in kinds if not self.is_away(kind)]
         records = self.find(inventory, here)
         candidates = self._mark_candidates(records)
+        groups = self._flat.groups(r for r in records if storage_id(r.storage) not in candidates)
+        packed = self._after_packing(records, groups)
         unit = self._arena.unit_bytes
-        sizes = host_sizes(records, keep_grads, unit)
+        sizes = host_sizes(packed, keep_grads, unit)
         placement = self._arena.place(sizes)
         entries = {
-            kind: planned_for(kind, self.residency(kind), records, keep_grads, placement, unit)
+            kind: planned_for(kind, self.residency(kind), records, packed, keep_grads, placement, unit)
             if kind in here
             else planned_as_parked(kind, self.residency(kind), self._parked[kind], unit)
             for kind in kinds
@@ -247,7 +249,7 @@ class Engine:
         return MovePlan(
             entries,
             new_host_bytes=max(0, placement.memory_bytes),
-            packing_bytes=self._flat.most_extra_bytes([r for r in records if storage_id(r.storage) not in candidates]),
+            packing_bytes=max((bucket.nbytes for bucket in self._flat.buckets(groups)), default=0),
             limits=machine.host_limits(),
             numa_node=self._device.numa_node(),
             new_disk_bytes=max(0, placement.disk_bytes),
@@ -528,14 +530,24 @@ class Engine:
         """
         records = self.find(inventory(), kinds)
         on_their_own = derive(records)
-        self._arena.check(host_sizes(records, keep_grads, self._arena.unit_bytes))
-        if not self._flat.pack([r for r in records if storage_id(r.storage) not in on_their_own]):
+        groups = self._flat.groups(r for r in records if storage_id(r.storage) not in on_their_own)
+        self._arena.check(host_sizes(self._after_packing(records, groups), keep_grads, self._arena.unit_bytes))
+        if not groups:
             return records
+        self._flat.pack(groups)
+        del groups  # they hold storages
         self._device.synchronize()
         derived = {storage_id(r.storage) for r in records if r.derived}
         records = self.find(inventory(), kinds)
         leave_out(records, derived)
         return records
+
+    def _after_packing(self, records: Sequence[StorageRecord], groups: Sequence[Group]) -> list[StorageRecord]:
+        """The storages that there are when groups of them are packed, for their sizes."""
+        buckets = self._flat.buckets(groups)
+        self._replicas.assign(buckets)
+        packed = {id(record) for group in groups for record in group}
+        return [*(record for record in records if id(record) not in packed), *buckets]
 
     def _mark_candidates(self, records: Sequence[StorageRecord]) -> Collection[int]:
         """Take for derived what may well be, where nothing moves yet; its storages by identity."""

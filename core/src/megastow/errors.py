@@ -75,7 +75,11 @@ class ReadOnlyError(MegastowError, RuntimeError):
 
 
 class StateChangedError(MegastowError, RuntimeError):
-    """State that was away is no longer what it was: somebody resized a released storage behind the manager's back."""
+    """State is not where it should be, or not what it was.
+
+    Another manager has it away (or had, and lost it by `close(discard=True)`), or other code has resized or replaced a
+    storage behind the manager's back.
+    """
 
 
 class AgreementError(MegastowError, RuntimeError):

@@ -82,11 +82,11 @@ def create_memory_manager(
             `NotOnHostError`; and `close` is collective while something is offloaded. See `megastow.replicas`.
 
     Raises:
-        InvalidTypeError: `model` is not a module or a list of modules.
-        InvalidArgumentError: parameters on several devices, none at all, an impossible size, no such `host_memory` or
-            `verify`, a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where "disk" asks
-            for it, `derive_weights` with an adapter that cannot do it, or without the `group` that it needs, or
-            `replicas` without torch.distributed.
+        InvalidTypeError: `model` is not a module or a list of modules, or another argument is of a wrong type.
+        InvalidArgumentError: parameters on several devices, none at all, an impossible size or `agree_timeout`, no such
+            `host_memory` or `verify`, a `disk_folder` that is missing, in memory (tmpfs), or open to other users, where
+            "disk" asks for it, `derive_weights` with an adapter that cannot do it, or without
+            the `group` that it needs, or `replicas` without torch.distributed.
         AgreementError: the ranks of `group` made different calls.
         PeerError: another rank of `group` failed, or did not come within `agree_timeout`.
         AdapterSelectionError: not exactly one adapter accepts.

@@ -41,6 +41,10 @@ from megastow.storages import StorageRecord, belongs_to, byte_view, storage_id
 logger = logging.getLogger(__name__)
 
 
+Group = Sequence[StorageRecord]
+"""Storages for one bucket."""
+
+
 @dataclass(frozen=True)
 class _Run:
     """A stretch of bytes that tensors of one storage cover, and where it goes."""
@@ -84,32 +88,39 @@ class FlatTensors:
         self._bucket_bytes = bucket_bytes
         self._buckets: dict[int, _Bucket] = {}  # by identity of the storage
 
-    def pack(self, records: Iterable[StorageRecord]) -> int:
-        """Pack what can be packed. Values, identities and aliases of all tensors are unchanged.
+    def groups(self, records: Iterable[StorageRecord]) -> Sequence[Group]:
+        """What can be packed, and is not yet: bucket by bucket.
+
+        Args:
+            records: storages with bytes on the device.
+        """
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if not bucket.storage.expired()}
+        return list(self._fill([r for r in records if self._is_candidate(r)]))
+
+    @staticmethod
+    def buckets(groups: Iterable[Group]) -> list[StorageRecord]:
+        """The storages that groups would be after packing, without memory (on torch's device "meta")."""
+        found = []
+        for group in groups:
+            nbytes = sum(align_up(run.nbytes) for record in group for run in _live_runs(record))
+            storage = torch.empty(nbytes, dtype=torch.uint8, device="meta").untyped_storage()
+            tensors = [entry for record in group for entry in record.tensors]
+            found.append(StorageRecord(storage, group[0].kind, True, replicas=group[0].replicas, tensors=tensors))
+        return found
+
+    def pack(self, groups: Iterable[Group]) -> None:
+        """Pack groups. Values, identities and aliases of all tensors are unchanged.
 
         Work is queued on the current stream; the caller has synchronised before and synchronises after. Peak extra
         device memory is one bucket. A failure part of the way leaves everything valid, with fewer storages packed.
 
         Args:
-            records: storages with bytes on the device. A packed record ends up holding its bucket.
-
-        Returns:
-            Number of storages that were packed.
+            groups: as `groups` has found them. A packed record ends up holding its bucket.
         """
-        self._buckets = {key: bucket for key, bucket in self._buckets.items() if not bucket.storage.expired()}
-        packed = 0
-        for group in self._fill([r for r in records if self._is_candidate(r)]):
+        for group in groups:
             self._pack_group(group)
             self._device.release_cached()  # or the small blocks just left would add up to a second copy
-            packed += len(group)
-        if packed:
-            logger.debug("packed %d storages into device buckets of at most %d bytes", packed, self._bucket_bytes)
-        return packed
-
-    def most_extra_bytes(self, records: Iterable[StorageRecord]) -> int:
-        """The most extra device memory that packing these would take at a time; 0 if there is nothing to pack."""
-        groups = self._fill([r for r in records if self._is_candidate(r)])
-        return max((sum(align_up(run.nbytes) for r in group for run in _live_runs(r)) for group in groups), default=0)
+            logger.debug("packed %d storages into a device bucket", len(group))
 
     def _is_candidate(self, record: StorageRecord) -> bool:
         if not record.keep or record.transient:
@@ -144,10 +155,10 @@ class FlatTensors:
             if self._is_worth_it(group):
                 yield group
 
-    def _is_worth_it(self, group: Sequence[StorageRecord]) -> bool:
+    def _is_worth_it(self, group: Group) -> bool:
         return len(group) > 1 or storage_id(group[0].storage) in self._buckets
 
-    def _pack_group(self, group: Sequence[StorageRecord]) -> None:
+    def _pack_group(self, group: Group) -> None:
         placed: list[tuple[StorageRecord, list[_Run]]] = []
         size = 0
         for record in group:

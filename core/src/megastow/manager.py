@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -746,6 +747,11 @@ class MemoryManager:
         with self._exclusive() as is_inside:
             self._check_open()
             self._check_not_reading()
+            if sys.is_finalizing():
+                raise TransferError(
+                    "the interpreter is shutting down, and threads and page-locked memory are gone: nothing can be "
+                    "moved any more, and nothing was. Call the manager before the end of the program, or with atexit"
+                )
             if is_inside and not self._closing:
                 raise _called_inside()
             move = Move(direction, self._device.memory(), call)
@@ -901,7 +907,12 @@ class MemoryManager:
                 logger.warning("preparing host memory failed: %s", error)
 
     def _check_open(self) -> None:
-        if self._closed or self._discarded:
+        if self._discarded:
+            raise ManagerClosedError(
+                "this memory manager was closed with discard=True, and what was away is lost: no other manager can "
+                "bring it back. Make a new model, load a checkpoint, and create a manager for that"
+            )
+        if self._closed:
             raise ManagerClosedError("this memory manager is closed; create a new one with create_memory_manager")
 
     def _check_not_reading(self) -> None:

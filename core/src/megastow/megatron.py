@@ -21,7 +21,7 @@ from packaging.version import InvalidVersion, Version
 class Generation(str, enum.Enum):
     """How a Megatron lays out gradients and parameters; the value is what it is called among people."""
 
-    MEMORY_BUFFER = "MemoryBuffer (Megatron-LM v2.5 to 23.08)"
+    MEMORY_BUFFER = "MemoryBuffer (Megatron-LM v2.6 to 23.08)"
     """`ddp._grad_buffers`: a `MemoryBuffer` for each dtype."""
 
     TYPED_MEMORY_BUFFER = "ParamBufferType (the Qwen-MoE fork)"

@@ -138,6 +138,7 @@ class _Outcome:
         self._views = views
         self._clone = clone
         self._done: dict[int, tuple[object, object]] = {}  # by identity: what was met, and what it became
+        self._clones: dict[object, torch.Tensor] = {}  # by place and form: tied weights stay one
 
     def of(self, value: Any) -> Any:
         """The value itself, or a copy of it with views in it."""
@@ -161,8 +162,14 @@ class _Outcome:
         if not self._views.covers(tensor):
             return tensor
         view = self._views.view(tensor)
+        if not self._clone:
+            return view
+        form = (view.data_ptr(), view.dtype, view.shape, view.stride(), view.is_conj(), view.is_neg())
         with torch.inference_mode(False):
-            return view.clone() if self._clone else view
+            if form in self._clones:
+                return self._clones[form].detach()
+            self._clones[form] = view.clone()
+        return self._clones[form]
 
     def _mapping(self, value: Any) -> Any:
         found = {key: self.of(item) for key, item in value.items()}

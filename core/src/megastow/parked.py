@@ -118,14 +118,16 @@ def planned_for(
     kind: StateKind,
     residency: Residency,
     records: Iterable[StorageRecord],
+    packed: Iterable[StorageRecord],
     keep_grads: bool,
     placement: Placement,
     unit: int,
 ) -> KindPlan:
-    """What an offload of a kind would give and take, by the storages that it would move."""
+    """What an offload of a kind would give, by the storages that there are, and take, by those after packing."""
     mine = [record for record in records if record.kind is kind]
-    lasting = [record for record in mine if not record.transient]
-    kept = [(placement.tiers[region_key(r)], align_up(r.kept_bytes, unit)) for r in mine if is_kept(r, keep_grads)]
+    moved = [record for record in packed if record.kind is kind]
+    lasting = [record for record in moved if not record.transient]
+    kept = [(placement.tiers[region_key(r)], align_up(r.kept_bytes, unit)) for r in moved if is_kept(r, keep_grads)]
     return KindPlan(
         kind,
         residency,

@@ -23,8 +23,9 @@ class KindPlan:
         residency: where it is now.
         num_tensors: tensors that the inventory lists on its storages.
         device_bytes: device memory that an offload would release; what an onload would take, if the kind is away.
-        host_bytes: host memory that its copy takes, each storage rounded up to 512 bytes (4096 where files are in
-            question); 0 for what is not copied, and for what is on disk.
+        host_bytes: host memory that its copy takes, with small storages packed as an offload packs them, and each
+            storage rounded up to 512 bytes (4096 where files are in question); 0 for what is not copied, and for what
+            is on disk.
         disk_bytes: the same of a file.
         tier: where its copy goes, or is; None for what is not copied.
         derived_bytes: device memory that needs no copy, because it is rebuilt from main weights; for a kind that is
@@ -117,8 +118,9 @@ class MovePlan:
         available = f"{format_bytes(limits.available_bytes)} of {format_bytes(limits.total_bytes)}"
         node = "unknown" if self.numa_node is None else self.numa_node
         lines = [
-            f"{entry.kind} ({entry.residency}): {entry.num_tensors} tensors, {format_bytes(entry.device_bytes)} on the "
-            f"device, {format_bytes(entry.host_bytes)} on the host"
+            f"{entry.kind} ({entry.residency}): {entry.num_tensors} tensors, {format_bytes(entry.device_bytes)} "
+            + ("on the device" if entry.residency is Residency.RESIDENT else "of the device when it is back")
+            + f", {format_bytes(entry.host_bytes)} on the host"
             + (f", {format_bytes(entry.disk_bytes)} on disk" if entry.disk_bytes else "")
             + (f" ({entry.tier})" if entry.tier else "")
             + (f", {format_bytes(entry.derived_bytes)} to be rebuilt" if entry.derived_bytes else "")
@@ -130,7 +132,7 @@ class MovePlan:
             f"{format_bytes(self.packing_bytes)} of device memory"
         )
         lines.append(
-            f"all {limits.local_ranks} ranks of this host: {everyone}; available {available}, memlock {memlock}, "
+            f"all ranks of this host ({limits.local_ranks}): {everyone}; available {available}, memlock {memlock}, "
             f"NUMA node {node}"
         )
         if self.disk is not None:

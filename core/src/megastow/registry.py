@@ -106,7 +106,7 @@ def choose_adapter(model: Sequence[torch.nn.Module], optimizer: object, name: st
         f"{len(accepting)} adapters accept a {type(model[0]).__qualname__} with "
         f"{'no optimizer' if optimizer is None else 'a ' + type(optimizer).__qualname__} ({found}); expected exactly "
         f"one:\n{listing}\n"
-        "Install the adapter for your Megatron (`pip install megastow[mcore]`), hand over Megatron's "
+        "Install the adapter for your Megatron (megastow-mcore for megatron-core 0.9 to 0.19), hand over Megatron's "
         'DistributedDataParallel chunks with the optimizer made for them, or force an adapter with adapter="NAME" '
         "if you know better"
     )

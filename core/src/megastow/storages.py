@@ -162,7 +162,8 @@ def _check_movable(record: StorageRecord) -> None:
     if record.nbytes == 0:
         raise StateChangedError(
             f"{names} ({record.kind}) has no storage: its bytes were released by another manager or by other code. "
-            "Expected state on the device. Bring it back where it was released, then call again; nothing was moved"
+            "Expected state on the device. Bring it back where it was released, then call again; nothing was moved. If "
+            "that was closed with discard=True, it is lost: make a new model, and load a checkpoint"
         )
     if not record.storage.resizable():
         raise UnsupportedTensorError(

@@ -1,4 +1,4 @@
-"""One trainer of Megatron-LM v2.5 to megatron-core 0.5: its gradient buffers, and what lies in them besides gradients.
+"""One trainer of Megatron-LM v2.6 to megatron-core 0.5: its gradient buffers, and what lies in them besides gradients.
 
 Nothing here imports Megatron: the instances are there already.
 

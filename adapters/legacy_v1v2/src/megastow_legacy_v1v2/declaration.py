@@ -15,7 +15,7 @@ class LegacyV1V2Adapter(MegatronAdapter):
     """The adapter for the generations whose flat buffers hold gradients only; no release will be added to them."""
 
     name = "legacy_v1v2"
-    supports = "Megatron-LM v2.5 to megatron-core 0.5: DistributedDataParallel chunks and a MegatronOptimizer, or none"
+    supports = "Megatron-LM v2.6 to megatron-core 0.5: DistributedDataParallel chunks and a MegatronOptimizer, or none"
     generations = frozenset({Generation.MEMORY_BUFFER, Generation.GRAD_BUFFER})
 
     def bind(self, model: Sequence[torch.nn.Module], optimizer: object) -> BoundAdapter:

@@ -6,6 +6,7 @@ Nothing here prints; what happens is told to a ``Listener``, as in the demo.
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import time
 import traceback
@@ -202,6 +203,10 @@ def _speeds(found: Iterable[Bound]) -> str:
     return ", ".join(f"{bound.name} {bound.bytes_per_second / 1e9:.1f} GB/s" for bound in found)
 
 
+_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""What of the environment changes figures."""
+
+
 def hardware(device: torch.device) -> dict[str, object]:
     """What it runs on, by name."""
     limits = machine.host_limits()
@@ -211,6 +216,7 @@ def hardware(device: torch.device) -> dict[str, object]:
         "usable_cpus": len(machine.usable_cpus()),
         "host_bytes": limits.total_bytes,
         "host_available_bytes": limits.available_bytes,
+        "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -22,5 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise
-        sys.exit(f'megastow: the command line needs {error.name}, which is missing: pip install "megastow[cli]"')
+        sys.exit(
+            f'megastow: the command line needs {error.name}, which is missing: install the extra "cli" '
+            '(in a clone: pip install -e "core[cli]")'
+        )
     app(args=None if arguments is None else list(arguments), prog_name="megastow")

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from megastow.cli import launch
 from megastow.cli.bench_tables import bench_table, bench_verdict
-from megastow.cli.console import Narrator, SilentNarrator, make_console
+from megastow.cli.console import Narrator, SilentNarrator, make_console, print_group
 
 _HUNG_SECONDS = 300  # after the time limit, which only decides what is begun
 
@@ -51,7 +51,11 @@ def run_bench(settings: Settings) -> int:
     Returns:
         The exit status: 0 if every bit was the same, 1 if not, 3 if a row failed or the run could not be finished.
     """
-    problem = launch.what_is_missing(settings.size, settings.ranks) or _what_else_is_missing(settings)
+    problem = (
+        launch.what_is_missing(settings.size, settings.ranks)
+        or _what_else_is_missing(settings)
+        or launch.what_cannot_be_written([settings.json_file, settings.plot_file])
+    )
     if problem is not None:
         print(f"megastow bench: {problem}", file=sys.stderr)
         return launch.UNFINISHED
@@ -70,7 +74,7 @@ def _what_else_is_missing(settings: Settings) -> str | None:
         return str(error)
     if settings.plot_file is not None and importlib.util.find_spec("matplotlib") is None:
         return (
-            '--plot draws with matplotlib, which is missing: pip install "megastow[bench]", or write --json FILE here '
+            "--plot draws with matplotlib, which is missing: pip install matplotlib, or write --json FILE here "
             "and draw it elsewhere (see benchmarks/README.md)"
         )
     return None
@@ -105,7 +109,7 @@ def _run_rank(settings: Settings) -> int:
                 listener=narrator,
             )
             narrator.close()
-            console.print(bench_table(result))
+            print_group(console, bench_table(result))
             if is_first and settings.json_file is not None:
                 settings.json_file.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
                 console.print(f"everything is in {settings.json_file}", markup=False, soft_wrap=True)

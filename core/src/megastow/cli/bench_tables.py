@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +18,7 @@ _SHOWN_DIFFERENCES = 10
 _STYLES = {"failed": "bold red", "not run": "yellow", "not available": "dim"}
 
 
-def bench_table(result: BenchResult) -> RenderableType:
+def bench_table(result: BenchResult) -> Group:
     """Bounds, rows and baselines of rank 0, and what the figures mean here."""
     title = "Ratios within this run" + (" (rank 0)" if len(result.ranks) > 1 else "")
     table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
 
 _PLAIN_WIDTH = 150  # a log has no edge; tables shall not be folded in it
+_TABLE_WIDTH = 130  # what the widest needs
 
 
 def make_console() -> Console:
@@ -16,6 +18,22 @@ def make_console() -> Console:
     if not console.is_terminal:
         console = Console(highlight=False, width=max(console.width, _PLAIN_WIDTH))
     return console
+
+
+def print_group(console: Console, group: Group) -> None:
+    """Prints tables and what goes with them; where a terminal is too narrow, it folds the lines of a table.
+
+    Rich would leave out figures instead.
+    """
+    wide = Console(
+        file=console.file,
+        quiet=console.quiet,
+        highlight=False,
+        force_terminal=console.is_terminal,
+        width=max(console.width, _TABLE_WIDTH),
+    )
+    for part in group.renderables:
+        (wide if isinstance(part, Table) else console).print(part)
 
 
 class Narrator:

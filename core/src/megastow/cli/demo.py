@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from megastow.cli import launch
-from megastow.cli.console import Narrator, SilentNarrator, make_console
+from megastow.cli.console import Narrator, SilentNarrator, make_console, print_group
 from megastow.cli.tables import moves_table, verdict
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def run_demo(settings: Settings) -> int:
     Returns:
         The exit status: 0 if everything was identical, 1 if not, 3 if the demo could not be finished.
     """
-    problem = launch.what_is_missing(settings.size, settings.ranks)
+    problem = launch.what_is_missing(settings.size, settings.ranks) or launch.what_cannot_be_written(
+        [settings.json_file]
+    )
     if problem is not None:
         print(f"megastow demo: {problem}", file=sys.stderr)
         return launch.UNFINISHED
@@ -79,7 +81,7 @@ def _run_rank(settings: Settings) -> int:
                 narrator = Narrator(console, demo.num_activities(settings.rounds, settings.steps))
             outcome = demo.run(size, rounds=settings.rounds, steps=settings.steps, listener=narrator)
             narrator.close()
-            console.print(moves_table(outcome))
+            print_group(console, moves_table(outcome))
             if is_first and settings.json_file is not None:
                 settings.json_file.write_text(json.dumps(outcome.as_dict(), indent=2) + "\n", encoding="utf-8")
                 console.print(f"everything is in {settings.json_file}", markup=False, soft_wrap=True)

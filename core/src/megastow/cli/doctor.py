@@ -209,7 +209,7 @@ def _judge_adapters(diagnosis: Diagnosis) -> Iterator[Finding]:
             True,
             f"no adapter accepts {_megatron_in_words(diagnosis.megatron)}",
             "one adapter that does",
-            'Install the adapter for your Megatron (pip install "megastow[mcore]" for megatron-core 0.9 to 0.19), or '
+            "Install the adapter for your Megatron (megastow-mcore for megatron-core 0.9 to 0.19), or "
             "use a Megatron that an installed adapter supports; the table says why each one refuses.",
         )
     elif len(diagnosis.chosen) > 1:

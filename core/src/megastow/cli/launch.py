@@ -19,8 +19,9 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,10 @@ def what_is_missing(size: str, ranks: int) -> str | None:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("megastow_conformance"):
             raise
-        return 'the trainer it trains is in megastow-conformance, which is missing: pip install "megastow[demo]"'
+        return (
+            'the trainer it trains is in megastow-conformance, which is missing: install the extra "demo" '
+            '(in a clone: pip install -e "core[demo]" -e adapters/mcore -e conformance)'
+        )
     if size not in SIZES:
         return f"there is no size {size!r}; there are {', '.join(SIZES)}"
     if megastow.detect_megatron() is None:
@@ -91,6 +95,14 @@ def what_is_missing(size: str, ranks: int) -> str | None:
             f"{ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}: pass fewer --ranks, "
             'or hide the GPUs (CUDA_VISIBLE_DEVICES="") to run on the CPU'
         )
+    return None
+
+
+def what_cannot_be_written(files: Iterable[Path | None]) -> str | None:
+    """Which file a command could not make at its end, and why; None if all can be."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            return f"{file} cannot be written: there is no folder {file.absolute().parent}. Make it, or name another"
     return None
 
 

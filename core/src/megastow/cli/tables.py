@@ -22,7 +22,7 @@ _COUNTED = (
 )
 
 
-def moves_table(outcome: Outcome) -> RenderableType:
+def moves_table(outcome: Outcome) -> Group:
     """Every move of the demo, with the kinds that were moved."""
     title = "Every move" + (" on rank 0" if outcome.ranks > 1 else "")
     table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
