@@ -40,7 +40,12 @@ def bench_table(result: BenchResult) -> Group:
     notes = [Text(f"{row.id}: {'; '.join(row.notes)}", "dim") for row in first.rows if row.notes]
     memory = [f"{moment} {format_bytes(figures.driver_bytes)}" for moment, figures in first.memory.items()]
     where = "device memory, by the driver" if result.device == "cuda" else "resident memory"
-    notes.append(Text(f"{where}: {', '.join(memory)}", "dim"))
+    part = (
+        ""
+        if result.device == "cuda"
+        else " (the host memory for copies, and the copies to compare with, are part of it)"
+    )
+    notes.append(Text(f"{where}: {', '.join(memory)}{part}", "dim"))
     return Group(Text(), table, *notes, Text(_caption(result), "dim"), Text())
 
 
