@@ -102,7 +102,7 @@ class FlatTensors:
         """The storages that groups would be after packing, without memory (on torch's device "meta")."""
         found = []
         for group in groups:
-            nbytes = sum(align_up(run.nbytes) for record in group for run in _live_runs(record))
+            nbytes = sum(map(_packed_bytes, group))
             storage = torch.empty(nbytes, dtype=torch.uint8, device="meta").untyped_storage()
             tensors = [entry for record in group for entry in record.tensors]
             found.append(StorageRecord(storage, group[0].kind, True, replicas=group[0].replicas, tensors=tensors))
@@ -145,7 +145,7 @@ class FlatTensors:
             group: list[StorageRecord] = []
             size = 0
             for record in family:
-                nbytes = sum(align_up(run.nbytes) for run in _live_runs(record))
+                nbytes = _packed_bytes(record)
                 if group and size + nbytes > self._bucket_bytes:
                     if self._is_worth_it(group):
                         yield group
@@ -226,6 +226,11 @@ def _live_runs(record: StorageRecord) -> list[_Run]:
         else:
             runs.append(_Run(start, end - start))
     return runs
+
+
+def _packed_bytes(record: StorageRecord) -> int:
+    """What a storage takes of a bucket."""
+    return sum(align_up(run.nbytes) for run in _live_runs(record))
 
 
 def _live_bytes(record: StorageRecord) -> int:
