@@ -96,3 +96,12 @@ def test_a_group_lists_the_inner_tensors_of_a_subclass_however_deep():
     group = made.group(W, "test")
     group.add("q", Outer(data=torch.zeros(2), scales=Outer(low=torch.zeros(1))))
     assert [name for name, _ in group.tensors] == ["q.data", "q.scales.low"]
+
+
+def test_a_storage_is_replicated_over_the_ranks_that_all_who_know_name():
+    shared = torch.zeros(8)
+    made = Inventory(CPU)
+    for index, replicas in enumerate([(), (0, 1, 2, 3), (0, 2), ()]):
+        made.group(W, "test", replicas=replicas).add(f"{index}", shared[index : index + 1])
+    (record,) = find_storages(made, [W], ())
+    assert record.replicas == (0, 2)

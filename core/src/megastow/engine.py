@@ -67,7 +67,7 @@ from megastow.parked import (
 )
 from megastow.plan import MovePlan
 from megastow.refill import Permit, Refill
-from megastow.replicas import NO_REPLICAS, Replicas
+from megastow.replicas import NO_REPLICAS, Replicas, by_peers
 from megastow.report import KindReport
 from megastow.staging import StagedArrival, Staging
 from megastow.state import ORDER_OF_USE, Inventory, Residency, StateKind
@@ -211,11 +211,12 @@ class Engine:
         """What a reader should know of storages that ranks could not share; nothing if they share all."""
         notes: list[str] = []
         for kind in kinds:
-            whole = [p for p in self._parked.get(kind, ()) if p.peers and p.share is None]
-            if whole:
+            found = by_peers(p for p in self._parked.get(kind, ()) if p.peers and p.share is None)
+            for peers, whole in found.items():
+                names = _some(tuple(name for p in whole for name in p.names))
                 notes.append(
-                    f"{len(whole)} storages of {kind} ({_some(tuple(p.names[0] for p in whole))}) are not the same on "
-                    f"ranks {', '.join(map(str, whole[0].peers))}, and each keeps all of them"
+                    f"{len(whole)} storages of {kind} (with {names}) are not the same on ranks "
+                    f"{', '.join(map(str, peers))}, or were not in the last offload, and each keeps all of them"
                 )
         return notes
 

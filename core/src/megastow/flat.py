@@ -135,12 +135,12 @@ class FlatTensors:
         """Candidates that may lie together, bucket by bucket; a lone newcomer gains nothing by moving house.
 
         Those are of one kind, of one dtype ([Note: one dtype to a bucket]), and the same on the same ranks, so that
-        their bucket is, too.
+        their bucket is, too, also for another manager that shares more than this one.
         """
         families: dict[object, list[StorageRecord]] = {}
         for record in candidates:
             dtypes = frozenset(t.dtype for _, t in record.tensors)
-            families.setdefault((record.kind, dtypes, record.peers), []).append(record)
+            families.setdefault((record.kind, dtypes, record.replicas), []).append(record)
         for family in families.values():
             group: list[StorageRecord] = []
             size = 0

@@ -178,10 +178,10 @@ class HostReplicas(Replicas):
                     record.share = Share(peers, self._rank, record.nbytes, self._chunk_bytes)
 
     def compare(self, entries: Sequence[S], ballot: Ballot) -> list[S]:
-        by_peers = _by_peers(entries)
-        told = self._exchange(by_peers, ballot)
+        mine_of = by_peers(entries)
+        told = self._exchange(mine_of, ballot)
         whole: list[S] = []
-        for peers, mine in sorted(by_peers.items()):  # as each rank takes the groups that it is in
+        for peers, mine in sorted(mine_of.items()):  # as each rank takes the groups that it is in
             rows = _rows_by_kind(mine, [told[rank].get(peers, ()) for rank in peers])
             for entry, row in zip(mine, rows, strict=True):
                 key = (entry.kind, entry.names[0])
@@ -204,15 +204,15 @@ class HostReplicas(Replicas):
         return Gathering(ballot, self._seconds)
 
     def meet(self, entries: Sequence[Shared], gathering: Gathering, ballot: Ballot) -> None:
-        by_peers = _by_peers(entries)
-        told = self._exchange(by_peers, ballot)
-        for peers, mine in by_peers.items():
+        mine_of = by_peers(entries)
+        told = self._exchange(mine_of, ballot)
+        for peers, mine in mine_of.items():
             if not all(map(_is_shared, _rows(mine, [told[rank].get(peers, ()) for rank in peers]))):
                 raise StateChangedError(
                     f"ranks {_list(peers)} do not have the same state away, of which each keeps a part. Nothing was "
                     "moved. Make the call that offloaded it again on all ranks, and then this one"
                 )
-        communicators = {peers: self._connect(peers, ballot) for peers in sorted(by_peers)}
+        communicators = {peers: self._connect(peers, ballot) for peers in sorted(mine_of)}
         steps = (
             Step(communicators[entry.peers], entry.storage, piece)
             for entry in entries
@@ -230,14 +230,14 @@ class HostReplicas(Replicas):
     # --- with the other ranks ----------------------------------------------------------------------------------------
 
     def _exchange(
-        self, by_peers: Mapping[Ranks, Sequence[Shared]], ballot: Ballot
+        self, mine_of: Mapping[Ranks, Sequence[Shared]], ballot: Ballot
     ) -> dict[int, dict[Ranks, list[_Told]]]:
         """What each rank of this host tells, by who is to share it; and a number for each connection to be made."""
         for link in self._links.values():
             if link.communicator is not None and link.communicator.is_closed:
                 link.renew(link.number + 1)
         note = {
-            "storages": [[peers, [_tell(entry) for entry in entries]] for peers, entries in by_peers.items()],
+            "storages": [[peers, [_tell(entry) for entry in entries]] for peers, entries in mine_of.items()],
             "links": [[peers, link.number] for peers, link in self._links.items()],
         }
         notes = ballot.exchange(json.dumps(note), sorted(self._local))
@@ -269,7 +269,8 @@ def _tell(entry: Shared) -> tuple[str, int, int | None, bool]:
     return str(entry.kind), entry.nbytes, entry.digest_value, entry.share is not None
 
 
-def _by_peers(entries: Iterable[S]) -> dict[Ranks, list[S]]:
+def by_peers(entries: Iterable[S]) -> dict[Ranks, list[S]]:
+    """Storages by the ranks that share them, or may."""
     found: dict[Ranks, list[S]] = {}
     for entry in entries:
         found.setdefault(entry.peers, []).append(entry)
@@ -294,7 +295,7 @@ def _rows_by_kind(mine: Sequence[Shared], lists: Sequence[Sequence[_Told]]) -> l
 
 def _is_same(row: Sequence[_Told]) -> bool:
     """Whether ranks have told the same of a storage: as many bytes, and the same ones."""
-    return len({(each.kind, each.nbytes, each.digest) for each in row if each.digest is not None}) == 1
+    return len({(each.kind, each.nbytes, each.digest) for each in row}) == 1 and row[0].digest is not None
 
 
 def _is_shared(row: Sequence[_Told]) -> bool:

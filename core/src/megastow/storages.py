@@ -30,7 +30,7 @@ class StorageRecord:
         kind: the kind it moves with.
         keep: whether its bytes must be copied out.
         transient: whether only passing tensors lie on it (see `TensorGroup`).
-        replicas: the ranks that hold the same bytes as a rule, by the first group that names any.
+        replicas: the ranks that hold the same bytes as a rule, by all groups that name any.
         peers: those of them with which this rank may share it, itself among them; none if it shares nothing.
         share: what this rank is to keep of it; None for the whole.
         tensors: name and tensor, each tensor object once.
@@ -149,8 +149,8 @@ def list_storages(inventory: Inventory) -> dict[int, StorageRecord]:
                 record.keep = True
             if not transient:
                 record.transient = False
-            if replicas and not record.replicas:
-                record.replicas = replicas
+            if replicas and record.replicas != replicas:
+                record.replicas = tuple(r for r in replicas if r in record.replicas) if record.replicas else replicas
     return records
 
 
