@@ -1,14 +1,15 @@
 """Ranks of a group move together: each call happens on all of them or on none, and nobody waits for ever.
 
 [Note: how ranks agree]
-A call has rounds of voting: one at its start, in which all must have called the same, and one before what cannot be
-undone, which all must have reached; and between them, if the call needs it, one in which ranks answer questions with
-their votes, and one in which each leaves a note for some of the others. The rounds of a manager are numbered, and every
-rank goes through the same ones in the same order. What becomes of a round is one key of a key-value store, the
-decision, which can be written once (`compare_set`): by the last rank to vote, by a rank that has failed, or by one that
-has waited for too long. Whoever comes later finds it there. So all ranks follow the same decision, whenever they look,
-and a call ends at the first one that is not "agreed": the next call begins with the next round, on all ranks. A rank
-that finds that the others have given up on several rounds without it passes over those.
+A call has rounds of voting: one for its start, in which all must have called the same, and for which nobody waits
+before there is something to release or to take; and one before what cannot be undone, which all must have reached; and
+between them, if the call needs it, one in which ranks answer questions with their votes, and one in which each leaves a
+note for some of the others. The rounds of a manager are numbered, and every rank goes through the same ones in the same
+order. What becomes of a round is one key of a key-value store, the decision, which can be written once (`compare_set`):
+by the last rank to vote, by a rank that has failed, or by one that has waited for too long. Whoever comes later finds
+it there. So all ranks follow the same decision, whenever they look, and a call ends at the first one that is not
+"agreed": the next call begins with the next round, on all ranks. A rank that finds that the others have given up on
+several rounds without it passes over those.
 
 The store is that of the process group (`store.py`), and no collective is involved: those would hang with the rank that
 is missing, and a gloo group is of no use any more after its first time-out.
@@ -16,7 +17,11 @@ is missing, and a gloo group is of no use any more after its first time-out.
 What remains is a rank that votes and then loses the store. It cannot know the decision, undoes its part, and says so.
 The residencies of the ranks may then differ until the call, or its opposite, is made again.
 
-Keys of a round are deleted in the next one that all ranks have come to.
+A rank votes in one of a few places of its own, in turns, and notes the round there: what is there of another round is
+no vote. (In turns, because a vote that was given up may still be written when the next one has been.) Of a round there
+are two keys more, the decision and how many have come. They are deleted two rounds later, by the first to come, who has
+to wait anyway. So a vote takes a rank four requests, and the last to come one for all votes: the process that serves
+the store answers some 50,000 a second, and a job may have a thousand ranks.
 """
 
 from __future__ import annotations
@@ -83,6 +88,16 @@ class Call:
 
 class Ballot:
     """What the ranks of a call have agreed on so far; this one is of a manager without a group, and agrees to all."""
+
+    def begin(self) -> None:
+        """Wait until all ranks have come to the call. Before that, only do what leaves all state where it is.
+
+        The other methods do it too, where they wait for the others.
+
+        Raises:
+            AgreementError: ranks made different calls.
+            PeerError: another rank failed or did not come in time; undo the call, as it does.
+        """
 
     def confirm(self, kind: StateKind | None = None) -> None:
         """Vote, before what cannot be undone: all that could fail has gone well here. Waits for the others.
@@ -168,7 +183,7 @@ class Agreement:
     def making(self, call: Call) -> Iterator[Ballot]:
         """Make a call with all ranks. What fails within makes it fail on all of them, unless all have confirmed it.
 
-        What the block has not confirmed by its end is confirmed then.
+        Waits for nobody at first; see `Ballot.begin`. What the block has not confirmed by its end is confirmed then.
 
         Raises:
             AgreementError: ranks made different calls; nothing was done.
@@ -249,6 +264,10 @@ class Decision:
         )
 
 
+_Outcome = tuple[Decision, int]
+"""The decision of a round, and the number of the next one."""
+
+
 class _GroupBallot(Ballot):
     """One call of a rank, from round to round.
 
@@ -263,6 +282,7 @@ class _GroupBallot(Ballot):
         self._agreement = agreement
         self._call = call
         self._left: deque[tuple[int, Point]] = deque(enumerate(("start", *call.points), first))
+        self._cast: Callable[[], _Outcome] | None = None  # the vote for the start, until it was waited for
         self._is_void = False
         self._last = first + len(call.points)
         self._after_void = first
@@ -279,7 +299,13 @@ class _GroupBallot(Ballot):
         return self._left[0][0] if self._left else self._last + 1
 
     def start(self) -> None:
-        self._vote_once()
+        """Vote for the call itself; `begin` waits for the others."""
+        number, _ = self._left[0]
+        self._cast = self._agreement.cast(number, self._call.what, 0.0)
+
+    def begin(self) -> None:
+        if self._left and self._left[0][1] == "start":
+            self._vote_once()
 
     def finish(self) -> None:
         while self._left:
@@ -302,7 +328,7 @@ class _GroupBallot(Ballot):
 
     def look(self) -> None:
         decision = self._agreement.look(self._left[0][0]) if self._left else None
-        if decision is not None:
+        if decision is not None and decision[0].end != "agreed":
             self._follow(*decision)
             raise decision[0].error(self._call.what)
 
@@ -329,7 +355,8 @@ class _GroupBallot(Ballot):
         where = {"start": "", ANSWERS: ", to the answers", NOTES: ", to the notes", None: ", to the end"}
         what = self._call.what + where.get(point, f", to the end of {point}")
         said = f"{what}\n{answers}" if answers else what
-        decision, following = self._agreement.vote(number, said, patience, note)
+        cast, self._cast = self._cast, None
+        decision, following = self._agreement.vote(number, said, patience, note) if cast is None else cast()
         self._follow(decision, following)
         if self._is_void:
             raise decision.error(self._call.what)
@@ -360,8 +387,8 @@ class GroupAgreement(Agreement):
         self._rank = rank
         self._seconds = seconds
         self._line = StoreLine(store)
+        self._agreed = 0  # the last round that all ranks are known to have come to
         self._tidied = 0  # there are no keys of rounds before this one
-        self._noted: set[int] = set()  # the rounds in which this rank has left a note
         self._newest = -1  # the last round in which this rank has voted, or has begun to
         self._ballot = _GroupBallot(self, _NOTHING, 0)
         self.name = str(self._ask(self._number))
@@ -395,30 +422,40 @@ class GroupAgreement(Agreement):
 
     # --- what a ballot asks ------------------------------------------------------------------------------------------
 
-    def vote(self, number: int, said: str, patience: float, note: str | None = None) -> tuple[Decision, int]:
-        """Vote in a round, and wait for the others; the decision, and the number of the next round.
+    def vote(self, number: int, said: str, patience: float, note: str | None = None) -> _Outcome:
+        """Vote in a round, and wait for the others; see `cast`."""
+        return self.cast(number, said, patience, note)()
+
+    def cast(self, number: int, said: str, patience: float, note: str | None = None) -> Callable[[], _Outcome]:
+        """Vote in a round.
 
         Args:
             number: of the round.
             said: what is called, and in a second line answers for the others.
             patience: seconds beyond the usual limit.
             note: left for those who want to read it; see `notes`.
+
+        Returns:
+            What waits for the others, and tells what became of it.
         """
         seconds = self._seconds + patience
         is_new = number > self._newest  # asked again after an interruption, it must not count twice
         self._newest = max(self._newest, number)
 
-        def work(store: Store) -> tuple[Decision, int]:
+        def work(store: Store) -> _Outcome:
             if note is not None:
-                store.set(self._note_key(number, self._rank), note)
+                store.set(self._place(number, "note", self._rank), f"{number}\n{note}")
             return self._exchange(store, number, said, seconds, is_new)
 
-        if note is not None:
-            self._noted.add(number)
-        try:
-            return self._line.ask(work, seconds + _GRACE_SECONDS)
-        except Exception as error:  # of the line; perhaps the others have agreed before it broke
-            return self.stop(number, _words(error))
+        answer = self._line.begin(work)
+
+        def outcome() -> _Outcome:
+            try:
+                return answer(seconds + _GRACE_SECONDS)
+            except Exception as error:  # of the line; perhaps the others have agreed before it broke
+                return self.stop(number, _words(error))
+
+        return outcome
 
     def notes(self, number: int, ranks: Collection[int]) -> Mapping[int, str]:
         """What ranks told in a round that all have agreed in, until this one votes in the next.
@@ -426,21 +463,15 @@ class GroupAgreement(Agreement):
         Raises:
             PeerError: the store does not answer.
         """
-        keys = {rank: self._note_key(number, rank) for rank in ranks}
+        found = self._ask(lambda store: self._told(store, "note", number, ranks))
+        return {rank: found.get(rank, "") for rank in ranks}
 
-        def work(store: Store) -> dict[int, str]:
-            found = self._those_there(store, keys)
-            return {rank: found.get(rank, b"").decode() for rank in keys}
+    def look(self, number: int) -> _Outcome | None:
+        """How a round was decided that this rank has not waited for, and the number of the next; None if it is open."""
 
-        return self._ask(work)
-
-    def look(self, number: int) -> tuple[Decision, int] | None:
-        """How a round was decided in which this rank has not voted, and the number of the next; None if it is open."""
-
-        def work(store: Store) -> tuple[Decision, int] | None:
-            if not store.check([key := self._key(number, "decision")]):
-                return None
-            return self._decided(store, number, store.get(key), is_last=False)
+        def work(store: Store) -> _Outcome | None:
+            found = self._decision(store, number)
+            return None if found is None else self._decided(store, number, found)
 
         try:
             return self._line.ask(work, _GRACE_SECONDS)
@@ -448,11 +479,11 @@ class GroupAgreement(Agreement):
             logger.debug("the store could not be asked for a decision: %s", error)
             return None
 
-    def stop(self, number: int, why: str) -> tuple[Decision, int]:
+    def stop(self, number: int, why: str) -> _Outcome:
         """Have a round fail if it is not decided yet; its decision, and the number of the next round."""
         return self._stop(number, Decision("failed", f"rank {self._rank} {why}", (self._rank,)))
 
-    def _stop(self, number: int, decision: Decision) -> tuple[Decision, int]:
+    def _stop(self, number: int, decision: Decision) -> _Outcome:
         try:
             return self._line.ask(lambda store: self._decide(store, number, decision), _GRACE_SECONDS)
         except Exception as error:
@@ -468,7 +499,7 @@ class GroupAgreement(Agreement):
 
         def look(store: Store) -> int:
             found = number
-            while store.check([key := self._key(found, "decision")]) and Decision.decode(store.get(key)).end != "left":
+            while (decision := self._decision(store, found)) is not None and decision.end != "left":
                 found += 1
             return found
 
@@ -496,29 +527,33 @@ class GroupAgreement(Agreement):
             number = store.add(f"megastow/managers/{self._rank}", 1)
         return number
 
-    def _key(self, number: int, name: object) -> str:
+    def _key(self, number: int, name: Literal["come", "decision"]) -> str:
+        """Where something of a round is."""
         return f"{self._prefix}/{number}/{name}"
 
-    def _note_key(self, number: int, rank: int) -> str:
-        return self._key(number, f"{rank}/note")
+    def _place(self, number: int, name: Literal["vote", "note"], rank: int) -> str:
+        """Where a rank says something in a round, and in others before and after."""
+        return f"{self._prefix}/{name}/{rank}/{number % _NUM_PLACES}"
 
-    def _exchange(self, store: Store, number: int, said: str, seconds: float, is_new: bool) -> tuple[Decision, int]:
+    def _exchange(self, store: Store, number: int, said: str, seconds: float, is_new: bool) -> _Outcome:
         """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
-        mine = self._key(number, self._rank)
-        is_new = is_new or not store.check([mine])
+        is_new = is_new or not self._told(store, "vote", number, [self._rank])
         if is_new:
-            store.set(mine, said)
-        is_last = store.add(self._key(number, "come"), int(is_new)) == len(self._ranks)
-        if not is_last:
+            store.set(self._place(number, "vote", self._rank), f"{number}\n{said}")
+        num_come = store.add(self._key(number, "come"), int(is_new))
+        have_all_come = num_come == len(self._ranks)
+        if not have_all_come:
+            if num_come == 1:
+                self._tidy(store)
             with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
                 wait_for(store, self._key(number, "decision"), seconds)
-                return self._decided(store, number, store.get(self._key(number, "decision")), is_last)
-        return self._decide(store, number, self._judge(store, number, seconds), is_last)
+                return self._decided(store, number, self._read(store, number))
+        return self._decide(store, number, self._judge(store, number, seconds, have_all_come))
 
-    def _judge(self, store: Store, number: int, seconds: float) -> Decision:
+    def _judge(self, store: Store, number: int, seconds: float, have_all_come: bool) -> Decision:
         """What to make of those who have come."""
-        found = self._those_there(store, {rank: self._key(number, rank) for rank in self._ranks})
-        said = [each.decode().partition("\n") for each in found.values()]
+        found = self._told(store, "vote", number, self._ranks, are_there=have_all_come)
+        said = [each.partition("\n") for each in found.values()]
         calls = dict(zip(found, (call for call, _, _ in said), strict=True))
         by_call = {call: [rank for rank in calls if calls[rank] == call] for call in calls.values()}
         told = "; ".join(f"{_names(ranks)} called {call}" for call, ranks in by_call.items())
@@ -530,36 +565,55 @@ class GroupAgreement(Agreement):
             return Decision("differ", f"the ranks differ: {told}", self._ranks)
         return Decision("agreed", answers=_counted(json.loads(answers) for _, _, answers in said if answers))
 
-    @staticmethod
-    def _those_there(store: Store, keys: Mapping[int, str]) -> dict[int, bytes]:
-        """What ranks have written under these keys, of those who have."""
-        if not store.check(list(keys.values())):
+    def _told(
+        self,
+        store: Store,
+        name: Literal["vote", "note"],
+        number: int,
+        ranks: Collection[int],
+        *,
+        are_there: bool = False,
+    ) -> dict[int, str]:
+        """What ranks have said in a round, of those who have; `are_there` if all of their places have been used."""
+        keys = {rank: self._place(number, name, rank) for rank in ranks}
+        if not are_there and not store.check(list(keys.values())):
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
-        return dict(zip(keys, store.multi_get(list(keys.values())), strict=True)) if keys else {}
+        found = store.multi_get(list(keys.values())) if keys else []
+        said = {rank: each.decode().partition("\n") for rank, each in zip(keys, found, strict=True)}
+        return {rank: text for rank, (when, _, text) in said.items() if when == str(number)}
 
-    def _decide(self, store: Store, number: int, decision: Decision, is_last: bool = False) -> tuple[Decision, int]:
+    def _decision(self, store: Store, number: int) -> Decision | None:
+        """How a round was decided; None if it is open."""
+        return self._read(store, number) if store.check([self._key(number, "decision")]) else None
+
+    def _read(self, store: Store, number: int) -> Decision:
+        """A decision that is there, by one request; `get` takes two, as it waits first."""
+        return Decision.decode(store.compare_set(self._key(number, "decision"), "", ""))
+
+    def _decide(self, store: Store, number: int, decision: Decision) -> _Outcome:
         """Decide a round, if nobody has yet."""
         found = store.compare_set(self._key(number, "decision"), "", decision.encode().decode())
-        return self._decided(store, number, found, is_last)
+        return self._decided(store, number, Decision.decode(found))
 
-    def _decided(self, store: Store, number: int, found: bytes, is_last: bool) -> tuple[Decision, int]:
-        """Follow a decision: tidy up, and find the next round."""
-        decision = Decision.decode(found)
-        if is_last or decision.end == "agreed":  # all have come, so nobody is at an earlier one
-            for old in range(self._tidied, number):
-                for name in (self._rank, *(("come", "decision") if is_last else ())):
-                    store.delete_key(self._key(old, name))
-                if old in self._noted:
-                    store.delete_key(self._note_key(old, self._rank))
-                    self._noted.discard(old)
-            self._tidied = number
+    def _decided(self, store: Store, number: int, decision: Decision) -> _Outcome:
+        """Follow a decision: find the next round."""
+        if decision.end == "agreed" and number > self._agreed:
+            self._tidied, self._agreed = self._agreed, number
         following = number if decision.end == "left" else number + 1
         if decision.end == "late":
-            while (
-                store.check([key := self._key(following, "decision")]) and Decision.decode(store.get(key)).end == "late"
-            ):
+            while (ahead := self._decision(store, following)) is not None and ahead.end == "late":
                 following += 1
         return decision, following
+
+    def _tidy(self, store: Store) -> None:
+        """Delete what there is of rounds that all have left behind; for the first who comes to one."""
+        for old in range(self._tidied, self._agreed):
+            store.delete_key(self._key(old, "come"))
+            store.delete_key(self._key(old, "decision"))
+
+
+_NUM_PLACES = 16
+"""In so many rounds a vote that was given up is written, or never; if it is later, somebody counts as late."""
 
 
 def _counted(given: Iterable[Mapping[str, str]]) -> Answers:

@@ -236,11 +236,16 @@ class _AgreesInstead(Agreement):
 
     swallowed: str
 
-    def vote(self, *details: Any) -> tuple[Decision, int]:
-        """What the ranks have decided."""
+    def cast(self, *details: Any) -> Callable[[], tuple[Decision, int]]:
+        """Votes as ever."""
         ranks: Any = super()
-        decision, following = ranks.vote(*details)
-        return Decision("agreed") if decision.end == self.swallowed else decision, following
+        outcome = ranks.cast(*details)
+
+        def swallowing() -> tuple[Decision, int]:
+            decision, following = outcome()
+            return Decision("agreed") if decision.end == self.swallowed else decision, following
+
+        return swallowing
 
 
 @breaks("failure", scenario="toy_dense_distopt", world=2)
