@@ -3,8 +3,10 @@
 Nothing here asserts a speed.
 """
 
+import contextlib
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from megastow.cli.bench_tables import bench_table, bench_verdict
 from megastow.device import device_for
 from megastow_conformance.bench import registry
 from megastow_conformance.bench.bits import StateCopy
+from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import choose_rows, known_rows
 from megastow_conformance.bench.result import (
     BenchResult,
@@ -71,6 +74,11 @@ def broken(self, num_tensors, smallest, largest, device):
 
 ManyTensors.__init__ = broken
 """
+
+BROKEN_ON_RANK_1 = "import os" + BROKEN.replace("if smallest", "if os.environ.get('RANK') == '1' and smallest")
+
+# As the time limit of a rank does it.
+ENDED = "import os" + BROKEN.replace('raise ArithmeticError("meddled with")', "os._exit(3)")
 
 SLOW = """
 import time
@@ -164,6 +172,28 @@ def test_a_row_that_raises_is_said_and_stops_no_other_row(run_megastow):
     assert rows["cycle"]["status"] == "measured"
     assert outcome["failed"] == ["small"]
     assert "FAILED: small" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_row_that_raises_on_one_rank_fails_on_all_and_the_next_is_measured(run_megastow):
+    rows = "--rows=blocked,small,overlap"
+    result, outcome = run_megastow("bench", *QUICK, rows, "--ranks=2", meddle=BROKEN_ON_RANK_1)
+    assert result.returncode == 3, result.stdout + result.stderr
+    reasons = [rows_of(outcome, rank)["small"]["notes"][0] for rank in (0, 1)]
+    assert reasons == ["it failed on another rank: 1", "ArithmeticError: meddled with"]
+    for rank in (0, 1):
+        statuses = {row_id: row["status"] for row_id, row in rows_of(outcome, rank).items()}
+        assert statuses == {"blocked": "measured", "small": "failed", "overlap": "measured"}
+    assert outcome["complete"]
+    assert outcome["failed"] == ["small"]
+
+
+@pytest.mark.slow
+def test_what_was_measured_outlives_a_run_that_is_ended(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=small,cycle", meddle=ENDED)
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert not outcome["complete"]
+    assert {row_id: row["status"] for row_id, row in rows_of(outcome).items()} == {"cycle": "measured"}
 
 
 @pytest.mark.slow
@@ -320,7 +350,7 @@ def test_a_goal_is_met_by_its_own_limit():
 
 @pytest.mark.parametrize(("seconds", "is_doubted"), [(1.0, False), (0.9, True)])
 def test_a_bound_that_was_beaten_is_doubted(seconds, is_doubted):
-    session = Session(SIZES["tiny"], 1, device_for(torch.device("cpu")), world=1)
+    session = Session(SIZES["tiny"], 1, device_for(torch.device("cpu")), Meeting())
     session.bounds["out"] = Bound("copy out", 100, Spread((1.2, 1.0)))
     figure = session.over_bound("offload", "out", 100, [seconds] * 3)
     assert figure.value.median == pytest.approx(1 / seconds)
@@ -328,6 +358,64 @@ def test_a_bound_that_was_beaten_is_doubted(seconds, is_doubted):
     assert [*notes] == [
         "offload was faster than the copy out, so that was measured too low; run this again"
     ] * is_doubted
+
+
+def meetings(number_of_ranks, work):
+    """What becomes of some work on each rank; a rank is a thread here."""
+    store = torch.distributed.HashStore()
+
+    def on_rank(rank):
+        meeting = Meeting(store, rank, number_of_ranks)
+        found = []
+        for part in work:
+            try:
+                with meeting.together():
+                    result = part(meeting, rank)
+            except Exception as error:
+                result = f"{type(error).__name__}: {error}"
+            found.append(result)
+        return found
+
+    with ThreadPoolExecutor(number_of_ranks) as pool:
+        ranks = [pool.submit(on_rank, rank) for rank in range(number_of_ranks)]
+        return [rank.result(60) for rank in ranks]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_ranks_are_in_step_after_a_failure_of_one(before):
+    def uneven(meeting, rank):
+        for _ in range(before):
+            meeting.meet()
+        if rank == 1:
+            raise ArithmeticError("only here")
+        meeting.meet()
+        raise AssertionError("nobody gets here")
+
+    def at_the_end(meeting, rank):
+        meeting.meet()
+        return 1 // (rank - 2)  # after the last meeting
+
+    def careless(meeting, rank):
+        if rank == 0:
+            raise ArithmeticError("only here")
+        with contextlib.suppress(RankError):
+            meeting.meet()
+        meeting.meet()  # one more than the others have
+
+    def fine(meeting, rank):
+        meeting.meet()
+        return "fine"
+
+    def all_of_them(meeting, rank):
+        raise KeyError(rank)
+
+    first, second, third = meetings(3, [uneven, fine, at_the_end, careless, all_of_them, fine])
+    from_first, from_second = "RankError: it failed on another rank: 0", "RankError: it failed on another rank: 1"
+    from_third = "RankError: it failed on another rank: 2"
+    raised, divided = "ArithmeticError: only here", "ZeroDivisionError: integer division or modulo by zero"
+    assert first == [from_second, "fine", from_third, raised, "KeyError: 0", "fine"]
+    assert second == [raised, "fine", from_third, from_first, "KeyError: 1", "fine"]
+    assert third == [from_second, "fine", divided, from_first, "KeyError: 2", "fine"]
 
 
 def test_the_verdict_says_what_was_compared():
