@@ -15,7 +15,7 @@ from rich.console import Console
 from megastow.cli.bench_tables import bench_table, bench_verdict
 from megastow.device import device_for
 from megastow_conformance.bench import registry
-from megastow_conformance.bench.bits import StateCopy
+from megastow_conformance.bench.bits import StateCopy, not_zero
 from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import choose_rows, known_rows
 from megastow_conformance.bench.result import (
@@ -58,6 +58,30 @@ def meddled(manager, *kinds, **options):
 
 megastow.create_memory_manager = remembering
 megastow.MemoryManager.onload = meddled
+"""
+
+# A gradient that is not zero after the first onload that brought something.
+DIRTY = FLIP.replace("next(models[manager].parameters()).detach()", "next(models[manager].parameters()).main_grad")
+
+# A forward pass beside an onload that gives another loss than alone; the state is right.
+EARLY = """
+import megastow
+from megastow_conformance.bench.subjects import TrainerSubject
+
+forward, onload, in_flight = TrainerSubject.forward, megastow.MemoryManager.onload, []
+
+
+def remembering(manager, *kinds, **options):
+    in_flight[:] = [options.get("non_blocking")]
+    return onload(manager, *kinds, **options)
+
+
+def too_early(subject):
+    first, *others = forward(subject)
+    return (b"\\0" * len(first) if any(in_flight) else first, *others)
+
+
+megastow.MemoryManager.onload, TrainerSubject.forward = remembering, too_early
 """
 
 BROKEN = """
@@ -160,6 +184,24 @@ def test_a_wrong_byte_is_found_and_stops_no_other_row(run_megastow):
     assert rows["cycle"]["differences"] == []
     assert rows["cycle"]["status"] == "measured"
     assert rows["steady"]["differences"][0] in outcome["differences"][0]
+
+
+@pytest.mark.slow
+def test_gradients_must_come_back_as_zeros_and_a_forward_pass_must_find_all_that_it_needs(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=steady,overlap", meddle=DIRTY)
+    assert result.returncode == 1, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    assert all("buffers0.grad_data are not zero" in difference for difference in rows["steady"]["differences"])
+    assert rows["steady"]["differences"][0].startswith("1 of ")
+    assert rows["overlap"]["differences"] == []
+
+    result, outcome = run_megastow("bench", *QUICK, "--rows=steady,overlap", meddle=EARLY)
+    assert result.returncode == 1, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    assert rows["steady"]["differences"] == []
+    assert [difference.partition(" instead of ")[0] for difference in rows["overlap"]["differences"]] == [
+        "loss 0 is 00000000"
+    ] * 2
 
 
 @pytest.mark.slow
@@ -294,6 +336,17 @@ def test_a_copy_keeps_the_bits_of_nan_and_of_zero():
     assert copy.differences(state) == []
     state["a"][1] = -0.0
     assert len(copy.differences(state)) == 1
+
+
+def test_zeros_are_looked_for_in_whole_storages_by_the_bit():
+    flat = torch.zeros(100)
+    grads = {"flat": flat, "view": flat[10:20], "other": torch.zeros(3, dtype=torch.bfloat16), "empty": torch.empty(0)}
+    assert not_zero(grads) == []
+    flat[50] = -0.0
+    assert not_zero(grads) == ["1 of 400 bytes under flat are not zero"]
+    assert not_zero({"view": flat[10:20]}) == ["1 of 400 bytes under view are not zero"]
+    flat.untyped_storage().resize_(0)
+    assert not_zero(grads) == ["flat has no memory"]
 
 
 def result_of(*rows, device="cpu"):

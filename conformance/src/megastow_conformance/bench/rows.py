@@ -7,7 +7,7 @@ their place.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -329,23 +329,26 @@ def _shared(session: Session, tenant: Tenant[TrainerSubject], name: str, *kinds:
     {"first forward": Goal(1.15, at_most=True)},
 )
 def overlap(session: Session) -> Iterator[Figure]:
-    """From the call of `onload(non_blocking=True)` to the end of a forward pass that begins at once."""
+    """From the call of `onload(non_blocking=True)` to the end of a forward pass that begins at once.
+
+    Its losses are compared with those of the forward pass alone.
+    """
     tenant = session.settled()
     manager = tenant.manager
-    tenant.subject.forward()
+    alone = tenant.subject.forward()
     forward = Spread.of(session.repeated(lambda: session.timed(tenant.subject.forward)[0]))
 
-    def onload_and_forward() -> TransferHandle:
+    def onload_and_forward() -> tuple[TransferHandle, Sequence[bytes]]:
         handle = manager.onload(non_blocking=True)
-        tenant.subject.forward()
-        return handle
+        return handle, tenant.subject.forward()
 
     def cycle() -> tuple[float, float]:
         manager.offload()
         time.sleep(PHASE_SECONDS)
-        seconds, handle = session.timed(onload_and_forward)
+        seconds, (handle, beside) = session.timed(onload_and_forward)
         transfer = handle.wait().seconds
-        tenant.check()
+        pairs = enumerate(zip(alone, beside, strict=True))
+        tenant.check([f"loss {i} is {b.hex()} instead of {a.hex()}" for i, (a, b) in pairs if a != b])
         return seconds, transfer
 
     cycles = session.repeated(cycle)

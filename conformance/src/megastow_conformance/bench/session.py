@@ -12,7 +12,7 @@ import torch
 
 from megastow import MemoryFigures, MemoryManager, create_memory_manager
 from megastow.device import Device
-from megastow_conformance.bench.bits import StateCopy
+from megastow_conformance.bench.bits import StateCopy, not_zero
 from megastow_conformance.bench.bounds import forget_page_locked
 from megastow_conformance.bench.meeting import Meeting
 from megastow_conformance.bench.result import Bound, Figure, Spread, Timeline
@@ -111,9 +111,16 @@ class Tenant(Generic[S]):
         self.check()
         return sampler.timeline()
 
-    def check(self) -> None:
-        """Compares all bits with what they were, and tells the session what differs."""
-        self._session.compared(self._copy.differences(self.subject.state()))
+    def check(self, more: Sequence[str] = ()) -> None:
+        """Compares all bits with what they were, and tells the session what differs.
+
+        Gradients must be zero: a training step has left them so, and that is how they come back from a move.
+
+        Args:
+            more: What differs beside the state.
+        """
+        wrong_grads = not_zero(self.subject.grads())
+        self._session.compared([*more, *wrong_grads, *self._copy.differences(self.subject.state())])
 
     def close(self) -> None:
         """Drops everything, wherever it is; what is offloaded is not brought back."""
