@@ -6,6 +6,7 @@ Nothing here asserts a speed.
 import contextlib
 import dataclasses
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,8 @@ from rich.console import Console
 
 from megastow.cli.bench_tables import bench_table, bench_verdict
 from megastow.device import device_for
-from megastow_conformance.bench import registry
+from megastow.handle import DEFAULT_WINDOW_BYTES
+from megastow_conformance.bench import registry, rows
 from megastow_conformance.bench.bits import StateCopy, not_zero
 from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import choose_rows, known_rows
@@ -104,6 +106,27 @@ BROKEN_ON_RANK_1 = "import os" + BROKEN.replace("if smallest", "if os.environ.ge
 # As the time limit of a rank does it.
 ENDED = "import os" + BROKEN.replace('raise ArithmeticError("meddled with")', "os._exit(3)")
 
+# An allocator that counts, and a driver that tells of a MiB more each time that it is asked.
+ALLOCATOR = """
+import itertools
+import torch
+from megastow.device import CpuDevice
+from megastow.report import MemoryFigures
+
+asked = itertools.count(100)
+CpuDevice.memory = lambda device: MemoryFigures(1 << 30, 2 << 20, next(asked) << 20)
+torch.cuda.reset_peak_memory_stats = lambda device: None
+torch.cuda.max_memory_allocated = lambda device: (1 << 30) + (5 << 20)
+"""
+
+# Managers that hold a TiB more on the host than a move has filled.
+HOLDING = """
+import megastow
+
+held = megastow.MemoryManager.host_bytes
+megastow.MemoryManager.host_bytes = property(lambda manager: held.fget(manager) + (1 << 40))
+"""
+
 SLOW = """
 import time
 
@@ -157,7 +180,10 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
     assert {row_id for row_id, row in rows.items() if row["status"] == "measured"} == rows.keys() - unavailable
     offload, onload, at_once = rows["steady"]["figures"]
     assert [figure["name"] for figure in (offload, onload, at_once)] == ["offload", "onload", "onload at once"]
-    assert offload["bytes"] == pytest.approx(outcome["size"]["hidden"] ** 2 * 12 * 4 * 14, rel=3)
+    size = SIZES["tiny"]
+    small_ones = (size.layers * 13 + 2) * size.hidden  # biases and norms
+    # A weight of 2 bytes, a main weight and two moments of 4.
+    assert offload["bytes"] == pytest.approx(14 * (size.num_parameters + small_ones), rel=1e-4)
     for figure in (offload, onload):
         assert len(figure["value"]["values"]) == len(figure["seconds"]["values"]) == 2
         assert figure["value"]["min"] <= figure["value"]["median"] <= figure["value"]["max"]
@@ -168,6 +194,7 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
             assert value == pytest.approx(figure["bytes"] / seconds / bound["bytes_per_second"], rel=0.01)
     # Two repeats, two onloads at once, and once more for the timeline.
     assert rows["steady"]["states_compared"] == 5
+    assert len(rows["cold"]["figures"][0]["seconds"]["values"]) == 2
     (held,) = rows["host"]["figures"]
     assert held["value"]["median"] >= 1
     assert outcome["states_compared"] == sum(row["states_compared"] for row in rows.values()) > 20
@@ -246,12 +273,30 @@ def test_rows_of_digests_and_of_moves_in_the_background(run_megastow):
     assert figures == {
         "digest": ["offload", "onload"],
         "derived": ["offload", "onload", "host memory"],
-        "blocked": ["offload", "onload"],
+        "blocked": ["offload", "onload", "released at 3/4"],
         "residue": ["resident"],
         "swap": ["both ways"],
         "overlap": ["first forward"],
     }
-    assert any("levels on the way out" in note for note in rows_of(outcome)["blocked"]["notes"])
+
+
+@pytest.mark.slow
+def test_device_memory_is_in_figures_where_an_allocator_counts(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=residue,swap", meddle=ALLOCATOR)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = {id_: {f["name"]: f["value"]["median"] for f in row["figures"]} for id_, row in rows_of(outcome).items()}
+    parts = dict(found["residue"])
+    assert parts["reserved"] == 2 << 20
+    assert parts.pop("driver") == sum(parts.values()) > 100 << 20
+    assert list(parts) == [
+        "reserved",
+        *("by CUDA's context and others", "by the first collective", "by measuring bounds", "by training"),
+        "by moves, since",
+    ]
+    assert min(parts.values()) >= 1 << 20
+    assert found["swap"]["peak beyond the larger"] == 5 << 20
+    goal = rows_of(outcome)["swap"]["goals"]["peak beyond the larger"]
+    assert (goal["limit"], goal["at_most"]) == (DEFAULT_WINDOW_BYTES + (64 << 20), True)
 
 
 @pytest.mark.slow
@@ -273,12 +318,25 @@ def test_every_rank_measures(run_megastow):
         rows = rows_of(outcome, rank)
         assert rows["cycle"]["status"] == rows["replicas"]["status"] == "measured"
         figures = {figure["name"]: figure for figure in rows["replicas"]["figures"]}
-        assert list(figures) == ["weights out", "weights back", "all out", "all back", "host memory"]
+        ways = ("out", "back", "on the host")
+        assert list(figures) == [f"{what} {way}" for what in ("weights", "all") for way in ways]
         assert figures["all out"]["against"] == "2 times the memory copy out"
         assert figures["all out"]["bytes"] > 5 * figures["weights out"]["bytes"]  # main weights and states, too
-        assert 1 <= figures["host memory"]["value"]["median"] < 1.2
+        for what in ("weights", "all"):
+            held = figures[f"{what} on the host"]
+            assert 1 <= held["value"]["median"] < 1.2
+            assert held["value"]["median"] == pytest.approx(2 * held["bytes"] / figures[f"{what} out"]["bytes"])
         assert not rows["replicas"]["notes"]
         assert outcome["ranks"][rank]["bounds"]["all_gather"]["bytes_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_host_memory_is_what_a_manager_holds(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=derived,replicas", "--ranks=2", meddle=HOLDING)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    held = [figure for row in rows.values() for figure in row["figures"] if "host" in figure["name"]]
+    assert [figure["bytes"] >> 40 for figure in held] == [1, 1, 1]
 
 
 def test_rows_that_do_not_exist_are_refused_with_those_that_do(run_megastow):
@@ -314,6 +372,33 @@ def test_a_row_is_one_function(monkeypatch):
 
     (row,) = choose_rows(["new"])
     assert row.measure is new
+
+
+class Released:
+    """A handle of a move that lasts 0.4 s, and releases a byte at each of some moments."""
+
+    def __init__(self, *moments):
+        self.moments = moments
+        self.start = time.perf_counter()
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def done(self):
+        return self.seconds() >= 0.4
+
+    @property
+    def released_bytes(self):
+        return sum(self.seconds() >= moment for moment in self.moments)
+
+    def wait(self):
+        return None
+
+
+def test_what_is_released_at_the_end_is_not_released_early():
+    assert rows._released_at(0.75, Released(0.0, 0.1, 0.39)) == 2
+    assert rows._released_at(0.75, Released(0.39, 0.39, 0.39)) == 0
+    assert rows._released_at(0.75, Released()) == 0
 
 
 def test_a_copy_finds_what_is_not_the_same():
