@@ -13,10 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
+import megastow
+from megastow import machine
 from megastow.cli.bench_tables import bench_table, bench_verdict
+from megastow.cli.gpus import Driver, Gpu
 from megastow.device import device_for
 from megastow.handle import DEFAULT_WINDOW_BYTES
-from megastow_conformance.bench import registry, rows
+from megastow_conformance.bench import circumstances, registry, rows
 from megastow_conformance.bench.bits import StateCopy, not_zero
 from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import choose_rows, known_rows
@@ -34,6 +37,7 @@ from megastow_conformance.bench.result import (
 )
 from megastow_conformance.bench.session import Session
 from megastow_conformance.demo_models import SIZES
+from megastow_conformance.revision import find_revision
 
 QUICK = ("--repeats=2",)
 
@@ -160,7 +164,10 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert outcome["command"].startswith("megastow bench --size=tiny")
     assert outcome["versions"]["megatron-core"]
+    assert outcome["versions"]["revision"] == find_revision(megastow.__file__)
     assert outcome["hardware"]["host_bytes"] > 0
+    assert outcome["hardware"]["cpu"] == machine.cpu_model()
+    assert (machine.cpu_model() or "CPU") in result.stdout.splitlines()[0]
     assert outcome["size"]["name"] == "tiny"
     assert outcome["differences"] == outcome["failed"] == []
 
@@ -477,6 +484,25 @@ def test_values_are_shown_in_their_units():
     for part in ("0.600", "0.500", "0.700", "the bound", "4 ms", "≤ 5 ms", "1 MiB"):
         assert part in text
     assert json.loads(json.dumps(result_of(row_of(figures=figures)).as_dict()))["ranks"][0]["rows"][0]["figures"]
+
+
+def test_hardware_and_versions_of_a_gpu_are_said(monkeypatch):
+    gpu = Gpu(0, "one", 80 << 30, pcie_generation=1, pcie_generation_max=5, pcie_width=16, pcie_width_max=16)
+    monkeypatch.setattr("megastow.cli.gpus.find_gpus", lambda: [gpu])
+    monkeypatch.setattr("megastow.cli.gpus.find_driver", lambda: Driver("580.159", 1))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 3))
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    found = circumstances.hardware(torch.device("cuda"))
+    assert (found["device"], found["device_bytes"], found["driver"]) == ("one", 80 << 30, "580.159")
+    assert found["link"] == {
+        "pcie_generation": 1,
+        "pcie_generation_max": 5,
+        "pcie_width": 16,
+        "pcie_width_max": 16,
+    }
+    assert circumstances.versions(torch.device("cuda"))["nccl"] == "2.28.3"
+    assert "nccl" not in circumstances.versions(torch.device("cpu"))
 
 
 def test_a_goal_is_met_by_its_own_limit():

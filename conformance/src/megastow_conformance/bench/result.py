@@ -297,7 +297,7 @@ class BenchResult:
     date: str
     device: str
     hardware: Mapping[str, object]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     size: Mapping[str, object]
     repeats: int
     time_limit: float

@@ -6,8 +6,6 @@ Nothing here prints; what happens is told to a ``Listener``, as in the demo.
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -18,11 +16,10 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
-import megastow
-from megastow import machine
 from megastow.device import device_for
 from megastow_conformance import megatron_core
 from megastow_conformance.bench import bounds
+from megastow_conformance.bench.circumstances import hardware, versions
 from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import NotAvailable, Row
 from megastow_conformance.bench.result import (
@@ -36,7 +33,6 @@ from megastow_conformance.bench.result import (
 from megastow_conformance.bench.session import Session
 from megastow_conformance.demo import Listener
 from megastow_conformance.demo_models import Size
-from megastow_conformance.demo_outcome import versions
 
 _STATE_COPIES = 3.5  # host memory that a run holds at most, in states: the copy to compare with, and two managers'
 
@@ -117,7 +113,7 @@ class _Run:
             date=self._date,
             device=session.device.torch_device.type,
             hardware=hardware(session.device.torch_device),
-            versions={"megastow": megastow.__version__, **versions()},
+            versions=versions(session.device.torch_device),
             size=dataclasses.asdict(self._size),
             repeats=session.repeats,
             time_limit=self._time_limit,
@@ -231,27 +227,3 @@ def _short(figure: Figure) -> str:
 
 def _speeds(found: Iterable[Bound]) -> str:
     return ", ".join(f"{bound.name} {bound.bytes_per_second / 1e9:.1f} GB/s" for bound in found)
-
-
-_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
-"""What of the environment changes figures."""
-
-
-def hardware(device: torch.device) -> dict[str, object]:
-    """What it runs on, by name."""
-    limits = machine.host_limits()
-    found: dict[str, object] = {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "usable_cpus": len(machine.usable_cpus()),
-        "host_bytes": limits.total_bytes,
-        "host_available_bytes": limits.available_bytes,
-        "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["device"] = properties.name
-        found["cuda"] = torch.version.cuda
-        found["device_bytes"] = properties.total_memory
-        found["num_devices"] = torch.cuda.device_count()
-    return found
