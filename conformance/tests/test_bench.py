@@ -3,17 +3,25 @@
 Nothing here asserts a speed.
 """
 
+import contextlib
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from rich.console import Console
 
+import megastow
+from megastow import machine
 from megastow.cli.bench_tables import bench_table, bench_verdict
+from megastow.cli.gpus import Driver, Gpu
 from megastow.device import device_for
-from megastow_conformance.bench import registry
-from megastow_conformance.bench.bits import StateCopy
+from megastow.handle import DEFAULT_WINDOW_BYTES
+from megastow_conformance.bench import circumstances, registry, rows
+from megastow_conformance.bench.bits import StateCopy, not_zero
+from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import choose_rows, known_rows
 from megastow_conformance.bench.result import (
     BenchResult,
@@ -29,6 +37,7 @@ from megastow_conformance.bench.result import (
 )
 from megastow_conformance.bench.session import Session
 from megastow_conformance.demo_models import SIZES
+from megastow_conformance.revision import find_revision
 
 QUICK = ("--repeats=2",)
 
@@ -57,6 +66,30 @@ megastow.create_memory_manager = remembering
 megastow.MemoryManager.onload = meddled
 """
 
+# A gradient that is not zero after the first onload that brought something.
+DIRTY = FLIP.replace("next(models[manager].parameters()).detach()", "next(models[manager].parameters()).main_grad")
+
+# A forward pass beside an onload that gives another loss than alone; the state is right.
+EARLY = """
+import megastow
+from megastow_conformance.bench.subjects import TrainerSubject
+
+forward, onload, in_flight = TrainerSubject.forward, megastow.MemoryManager.onload, []
+
+
+def remembering(manager, *kinds, **options):
+    in_flight[:] = [options.get("non_blocking")]
+    return onload(manager, *kinds, **options)
+
+
+def too_early(subject):
+    first, *others = forward(subject)
+    return (b"\\0" * len(first) if any(in_flight) else first, *others)
+
+
+megastow.MemoryManager.onload, TrainerSubject.forward = remembering, too_early
+"""
+
 BROKEN = """
 from megastow_conformance.bench.subjects import ManyTensors
 
@@ -70,6 +103,32 @@ def broken(self, num_tensors, smallest, largest, device):
 
 
 ManyTensors.__init__ = broken
+"""
+
+BROKEN_ON_RANK_1 = "import os" + BROKEN.replace("if smallest", "if os.environ.get('RANK') == '1' and smallest")
+
+# As the time limit of a rank does it.
+ENDED = "import os" + BROKEN.replace('raise ArithmeticError("meddled with")', "os._exit(3)")
+
+# An allocator that counts, and a driver that tells of a MiB more each time that it is asked.
+ALLOCATOR = """
+import itertools
+import torch
+from megastow.device import CpuDevice
+from megastow.report import MemoryFigures
+
+asked = itertools.count(100)
+CpuDevice.memory = lambda device: MemoryFigures(1 << 30, 2 << 20, next(asked) << 20)
+torch.cuda.reset_peak_memory_stats = lambda device: None
+torch.cuda.max_memory_allocated = lambda device: (1 << 30) + (5 << 20)
+"""
+
+# Managers that hold a TiB more on the host than a move has filled.
+HOLDING = """
+import megastow
+
+held = megastow.MemoryManager.host_bytes
+megastow.MemoryManager.host_bytes = property(lambda manager: held.fget(manager) + (1 << 40))
 """
 
 SLOW = """
@@ -105,7 +164,10 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert outcome["command"].startswith("megastow bench --size=tiny")
     assert outcome["versions"]["megatron-core"]
+    assert outcome["versions"]["revision"] == find_revision(megastow.__file__)
     assert outcome["hardware"]["host_bytes"] > 0
+    assert outcome["hardware"]["cpu"] == machine.cpu_model()
+    assert (machine.cpu_model() or "CPU") in result.stdout.splitlines()[0]
     assert outcome["size"]["name"] == "tiny"
     assert outcome["differences"] == outcome["failed"] == []
 
@@ -125,7 +187,10 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
     assert {row_id for row_id, row in rows.items() if row["status"] == "measured"} == rows.keys() - unavailable
     offload, onload, at_once = rows["steady"]["figures"]
     assert [figure["name"] for figure in (offload, onload, at_once)] == ["offload", "onload", "onload at once"]
-    assert offload["bytes"] == pytest.approx(outcome["size"]["hidden"] ** 2 * 12 * 4 * 14, rel=3)
+    size = SIZES["tiny"]
+    small_ones = (size.layers * 13 + 2) * size.hidden  # biases and norms
+    # A weight of 2 bytes, a main weight and two moments of 4.
+    assert offload["bytes"] == pytest.approx(14 * (size.num_parameters + small_ones), rel=1e-4)
     for figure in (offload, onload):
         assert len(figure["value"]["values"]) == len(figure["seconds"]["values"]) == 2
         assert figure["value"]["min"] <= figure["value"]["median"] <= figure["value"]["max"]
@@ -136,6 +201,7 @@ def test_a_run_says_everything_and_compares_all_bits(run_megastow, tmp_path):
             assert value == pytest.approx(figure["bytes"] / seconds / bound["bytes_per_second"], rel=0.01)
     # Two repeats, two onloads at once, and once more for the timeline.
     assert rows["steady"]["states_compared"] == 5
+    assert len(rows["cold"]["figures"][0]["seconds"]["values"]) == 2
     (held,) = rows["host"]["figures"]
     assert held["value"]["median"] >= 1
     assert outcome["states_compared"] == sum(row["states_compared"] for row in rows.values()) > 20
@@ -155,6 +221,24 @@ def test_a_wrong_byte_is_found_and_stops_no_other_row(run_megastow):
 
 
 @pytest.mark.slow
+def test_gradients_must_come_back_as_zeros_and_a_forward_pass_must_find_all_that_it_needs(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=steady,overlap", meddle=DIRTY)
+    assert result.returncode == 1, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    assert all("buffers0.grad_data are not zero" in difference for difference in rows["steady"]["differences"])
+    assert rows["steady"]["differences"][0].startswith("1 of ")
+    assert rows["overlap"]["differences"] == []
+
+    result, outcome = run_megastow("bench", *QUICK, "--rows=steady,overlap", meddle=EARLY)
+    assert result.returncode == 1, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    assert rows["steady"]["differences"] == []
+    assert [difference.partition(" instead of ")[0] for difference in rows["overlap"]["differences"]] == [
+        "loss 0 is 00000000"
+    ] * 2
+
+
+@pytest.mark.slow
 def test_a_row_that_raises_is_said_and_stops_no_other_row(run_megastow):
     result, outcome = run_megastow("bench", *QUICK, "--rows=small,cycle", meddle=BROKEN)
     assert result.returncode == 3, result.stdout + result.stderr
@@ -167,6 +251,28 @@ def test_a_row_that_raises_is_said_and_stops_no_other_row(run_megastow):
 
 
 @pytest.mark.slow
+def test_a_row_that_raises_on_one_rank_fails_on_all_and_the_next_is_measured(run_megastow):
+    rows = "--rows=blocked,small,overlap"
+    result, outcome = run_megastow("bench", *QUICK, rows, "--ranks=2", meddle=BROKEN_ON_RANK_1)
+    assert result.returncode == 3, result.stdout + result.stderr
+    reasons = [rows_of(outcome, rank)["small"]["notes"][0] for rank in (0, 1)]
+    assert reasons == ["it failed on another rank: 1", "ArithmeticError: meddled with"]
+    for rank in (0, 1):
+        statuses = {row_id: row["status"] for row_id, row in rows_of(outcome, rank).items()}
+        assert statuses == {"blocked": "measured", "small": "failed", "overlap": "measured"}
+    assert outcome["complete"]
+    assert outcome["failed"] == ["small"]
+
+
+@pytest.mark.slow
+def test_what_was_measured_outlives_a_run_that_is_ended(run_megastow):
+    result, outcome = run_megastow("bench", *QUICK, "--rows=small,cycle", meddle=ENDED)
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert not outcome["complete"]
+    assert {row_id: row["status"] for row_id, row in rows_of(outcome).items()} == {"cycle": "measured"}
+
+
+@pytest.mark.slow
 def test_rows_of_digests_and_of_moves_in_the_background(run_megastow):
     result, outcome = run_megastow("bench", "--repeats=1", "--rows=digest,derived,blocked,residue,swap,overlap")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -174,12 +280,30 @@ def test_rows_of_digests_and_of_moves_in_the_background(run_megastow):
     assert figures == {
         "digest": ["offload", "onload"],
         "derived": ["offload", "onload", "host memory"],
-        "blocked": ["offload", "onload"],
+        "blocked": ["offload", "onload", "released at 3/4"],
         "residue": ["resident"],
         "swap": ["both ways"],
         "overlap": ["first forward"],
     }
-    assert any("levels on the way out" in note for note in rows_of(outcome)["blocked"]["notes"])
+
+
+@pytest.mark.slow
+def test_device_memory_is_in_figures_where_an_allocator_counts(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=residue,swap", meddle=ALLOCATOR)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = {id_: {f["name"]: f["value"]["median"] for f in row["figures"]} for id_, row in rows_of(outcome).items()}
+    parts = dict(found["residue"])
+    assert parts["reserved"] == 2 << 20
+    assert parts.pop("driver") == sum(parts.values()) > 100 << 20
+    assert list(parts) == [
+        "reserved",
+        *("by CUDA's context and others", "by the first collective", "by measuring bounds", "by training"),
+        "by moves, since",
+    ]
+    assert min(parts.values()) >= 1 << 20
+    assert found["swap"]["peak beyond the larger"] == 5 << 20
+    goal = rows_of(outcome)["swap"]["goals"]["peak beyond the larger"]
+    assert (goal["limit"], goal["at_most"]) == (DEFAULT_WINDOW_BYTES + (64 << 20), True)
 
 
 @pytest.mark.slow
@@ -201,12 +325,25 @@ def test_every_rank_measures(run_megastow):
         rows = rows_of(outcome, rank)
         assert rows["cycle"]["status"] == rows["replicas"]["status"] == "measured"
         figures = {figure["name"]: figure for figure in rows["replicas"]["figures"]}
-        assert list(figures) == ["weights out", "weights back", "all out", "all back", "host memory"]
+        ways = ("out", "back", "on the host")
+        assert list(figures) == [f"{what} {way}" for what in ("weights", "all") for way in ways]
         assert figures["all out"]["against"] == "2 times the memory copy out"
         assert figures["all out"]["bytes"] > 5 * figures["weights out"]["bytes"]  # main weights and states, too
-        assert 1 <= figures["host memory"]["value"]["median"] < 1.2
+        for what in ("weights", "all"):
+            held = figures[f"{what} on the host"]
+            assert 1 <= held["value"]["median"] < 1.2
+            assert held["value"]["median"] == pytest.approx(2 * held["bytes"] / figures[f"{what} out"]["bytes"])
         assert not rows["replicas"]["notes"]
         assert outcome["ranks"][rank]["bounds"]["all_gather"]["bytes_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_host_memory_is_what_a_manager_holds(run_megastow):
+    result, outcome = run_megastow("bench", "--repeats=1", "--rows=derived,replicas", "--ranks=2", meddle=HOLDING)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = rows_of(outcome)
+    held = [figure for row in rows.values() for figure in row["figures"] if "host" in figure["name"]]
+    assert [figure["bytes"] >> 40 for figure in held] == [1, 1, 1]
 
 
 def test_rows_that_do_not_exist_are_refused_with_those_that_do(run_megastow):
@@ -244,6 +381,33 @@ def test_a_row_is_one_function(monkeypatch):
     assert row.measure is new
 
 
+class Released:
+    """A handle of a move that lasts 0.4 s, and releases a byte at each of some moments."""
+
+    def __init__(self, *moments):
+        self.moments = moments
+        self.start = time.perf_counter()
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def done(self):
+        return self.seconds() >= 0.4
+
+    @property
+    def released_bytes(self):
+        return sum(self.seconds() >= moment for moment in self.moments)
+
+    def wait(self):
+        return None
+
+
+def test_what_is_released_at_the_end_is_not_released_early():
+    assert rows._released_at(0.75, Released(0.0, 0.1, 0.39)) == 2
+    assert rows._released_at(0.75, Released(0.39, 0.39, 0.39)) == 0
+    assert rows._released_at(0.75, Released()) == 0
+
+
 def test_a_copy_finds_what_is_not_the_same():
     state = {"a": torch.arange(300.0), "b": torch.randn(7, 5).t(), "empty": torch.empty(0), "c": torch.ones(3).bool()}
     copy = StateCopy(state)
@@ -264,6 +428,17 @@ def test_a_copy_keeps_the_bits_of_nan_and_of_zero():
     assert copy.differences(state) == []
     state["a"][1] = -0.0
     assert len(copy.differences(state)) == 1
+
+
+def test_zeros_are_looked_for_in_whole_storages_by_the_bit():
+    flat = torch.zeros(100)
+    grads = {"flat": flat, "view": flat[10:20], "other": torch.zeros(3, dtype=torch.bfloat16), "empty": torch.empty(0)}
+    assert not_zero(grads) == []
+    flat[50] = -0.0
+    assert not_zero(grads) == ["1 of 400 bytes under flat are not zero"]
+    assert not_zero({"view": flat[10:20]}) == ["1 of 400 bytes under view are not zero"]
+    flat.untyped_storage().resize_(0)
+    assert not_zero(grads) == ["flat has no memory"]
 
 
 def result_of(*rows, device="cpu"):
@@ -311,6 +486,25 @@ def test_values_are_shown_in_their_units():
     assert json.loads(json.dumps(result_of(row_of(figures=figures)).as_dict()))["ranks"][0]["rows"][0]["figures"]
 
 
+def test_hardware_and_versions_of_a_gpu_are_said(monkeypatch):
+    gpu = Gpu(0, "one", 80 << 30, pcie_generation=1, pcie_generation_max=5, pcie_width=16, pcie_width_max=16)
+    monkeypatch.setattr("megastow.cli.gpus.find_gpus", lambda: [gpu])
+    monkeypatch.setattr("megastow.cli.gpus.find_driver", lambda: Driver("580.159", 1))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 3))
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    found = circumstances.hardware(torch.device("cuda"))
+    assert (found["device"], found["device_bytes"], found["driver"]) == ("one", 80 << 30, "580.159")
+    assert found["link"] == {
+        "pcie_generation": 1,
+        "pcie_generation_max": 5,
+        "pcie_width": 16,
+        "pcie_width_max": 16,
+    }
+    assert circumstances.versions(torch.device("cuda"))["nccl"] == "2.28.3"
+    assert "nccl" not in circumstances.versions(torch.device("cpu"))
+
+
 def test_a_goal_is_met_by_its_own_limit():
     assert Goal(0.95).is_met_by(0.95)
     assert not Goal(0.95).is_met_by(0.94)
@@ -320,7 +514,7 @@ def test_a_goal_is_met_by_its_own_limit():
 
 @pytest.mark.parametrize(("seconds", "is_doubted"), [(1.0, False), (0.9, True)])
 def test_a_bound_that_was_beaten_is_doubted(seconds, is_doubted):
-    session = Session(SIZES["tiny"], 1, device_for(torch.device("cpu")), world=1)
+    session = Session(SIZES["tiny"], 1, device_for(torch.device("cpu")), Meeting())
     session.bounds["out"] = Bound("copy out", 100, Spread((1.2, 1.0)))
     figure = session.over_bound("offload", "out", 100, [seconds] * 3)
     assert figure.value.median == pytest.approx(1 / seconds)
@@ -328,6 +522,66 @@ def test_a_bound_that_was_beaten_is_doubted(seconds, is_doubted):
     assert [*notes] == [
         "offload was faster than the copy out, so that was measured too low; run this again"
     ] * is_doubted
+
+
+def meetings(number_of_ranks, work):
+    """What becomes of some work on each rank; a rank is a thread here."""
+    store = torch.distributed.HashStore()
+
+    def on_rank(rank):
+        meeting = Meeting(store, rank, number_of_ranks)
+        found = []
+        for part in work:
+            try:
+                with meeting.together():
+                    result = part(meeting, rank)
+            except Exception as error:
+                result = f"{type(error).__name__}: {error}"
+            found.append(result)
+        return found
+
+    with ThreadPoolExecutor(number_of_ranks) as pool:
+        ranks = [pool.submit(on_rank, rank) for rank in range(number_of_ranks)]
+        return [rank.result(60) for rank in ranks]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_ranks_are_in_step_after_a_failure_of_one(before, monkeypatch):
+    monkeypatch.setattr("megastow_conformance.bench.meeting._MOST_SECONDS", 20.0)  # out of step, they would wait
+
+    def uneven(meeting, rank):
+        for _ in range(before):
+            meeting.meet()
+        if rank == 1:
+            raise ArithmeticError("only here")
+        meeting.meet()
+        raise AssertionError("nobody gets here")
+
+    def at_the_end(meeting, rank):
+        meeting.meet()
+        return 1 // (rank - 2)  # after the last meeting
+
+    def careless(meeting, rank):
+        if rank == 0:
+            raise ArithmeticError("only here")
+        with contextlib.suppress(RankError):
+            meeting.meet()
+        meeting.meet()  # one more than the others have
+
+    def fine(meeting, rank):
+        meeting.meet()
+        return "fine"
+
+    def all_of_them(meeting, rank):
+        raise KeyError(rank)
+
+    first, second, third = meetings(3, [uneven, fine, at_the_end, careless, all_of_them, fine])
+    from_first, from_second = "RankError: it failed on another rank: 0", "RankError: it failed on another rank: 1"
+    from_third = "RankError: it failed on another rank: 2"
+    raised, divided = "ArithmeticError: only here", "ZeroDivisionError: integer division or modulo by zero"
+    assert first == [from_second, "fine", from_third, raised, "KeyError: 0", "fine"]
+    assert second == [raised, "fine", from_third, from_first, "KeyError: 1", "fine"]
+    assert third == [from_second, "fine", divided, from_first, "KeyError: 2", "fine"]
 
 
 def test_the_verdict_says_what_was_compared():

@@ -10,6 +10,7 @@ import pytest
 from megastow_conformance import report, skips
 from megastow_conformance.marks import read_mark, suite_marks
 from megastow_conformance.recorder import Result
+from megastow_conformance.revision import find_revision
 from megastow_conformance.rows import Row
 from megastow_conformance.scenarios import SCENARIOS
 
@@ -177,11 +178,13 @@ def test_a_report_says_of_which_commit_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     (tmp_path / "report.py").touch()
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
-    assert report._revision() == {}  # no repository
+    file = str(tmp_path / "report.py")
+    assert find_revision(file) is None  # no repository
     subprocess.run([*git, "init", "-q"], check=True)
-    assert report._revision() == {}  # lies in one, and is no part of it
+    assert find_revision(file) is None  # lies in one, and is no part of it
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "one"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert report._revision() == {"revision": head[:12]}
+    assert find_revision(file) == head[:12]
+    monkeypatch.setenv("PATH", "")
+    assert find_revision(file) is None  # git cannot be found

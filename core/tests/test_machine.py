@@ -108,6 +108,13 @@ def test_numa(root):
     assert machine.pci_numa_node("0000:ff:00.0", folder) is None
 
 
+def test_cpu_model(root, tmp_path):
+    assert machine.cpu_model(tmp_path) is None
+    text = "processor\t: 0\nmodel\t\t: 17\nmodel name\t: One CPU @ 2 GHz\n\nprocessor\t: 1\nmodel name\t: Another\n"
+    assert machine.cpu_model(root({"proc/cpuinfo": text})) == "One CPU @ 2 GHz"
+    assert machine.cpu_model(root({"proc/cpuinfo": "processor\t: 0\nCPU part\t: 0xd4f\n"})) is None
+
+
 def test_this_machine():
     limits = machine.host_limits()
     assert 0 < limits.available_bytes <= limits.total_bytes

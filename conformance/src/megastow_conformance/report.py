@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 
 from megastow_conformance.plan import Plan
 from megastow_conformance.recorder import Recorder, Result
+from megastow_conformance.revision import find_revision
 from megastow_conformance.rows import Row
 from megastow_conformance.scenarios import SCENARIOS
 
@@ -63,7 +62,7 @@ def write_report(file: Path, config: pytest.Config, plan: Plan, recorder: Record
     """
     command = _without_folders(shlex.join(["pytest", *config.invocation_params.args]), config.rootpath)
     date = dt.datetime.now(dt.timezone.utc).date().isoformat()
-    revision = _revision()
+    revision = find_revision(__file__)
     runs = []
     for row in plan.rows:
         results = sorted(
@@ -125,7 +124,7 @@ def holding(run: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _described(row: Row, plan: Plan, recorder: Recorder, root: Path, revision: Mapping[str, str]) -> dict[str, Any]:
+def _described(row: Row, plan: Plan, recorder: Recorder, root: Path, revision: str | None) -> dict[str, Any]:
     """What was tested on what, as the worker processes found it."""
     facts = recorder.facts.get(row.id, {})
     path = facts.get("megatron_path")
@@ -138,25 +137,10 @@ def _described(row: Row, plan: Plan, recorder: Recorder, root: Path, revision: M
             "states": facts.get("megatron"),
             "path": None if path is None else _without_folders(path, root),
         },
-        "versions": {**facts.get("versions", {}), **revision},
+        "versions": {**facts.get("versions", {}), **({"revision": revision} if revision else {})},
         "device": facts.get("device", {"type": plan.device}),
         "scope": row.scope,
     }
-
-
-def _revision() -> dict[str, str]:
-    """The commit of the source tree that this is a part of; nothing where it is installed from somewhere else."""
-    folder, name = os.path.split(__file__)
-    git = ("git", "-C", folder)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
-    try:
-        for command in (("ls-files", "--error-unmatch", name), ("rev-parse", "--short=12", "HEAD")):
-            done = subprocess.run(
-                [*git, *command], capture_output=True, text=True, timeout=60, check=True, env=environment
-            )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"revision": done.stdout.strip()}
 
 
 def _verdicts(results: list[Result]) -> dict[str, Any]:

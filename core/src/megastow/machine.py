@@ -95,6 +95,12 @@ def usable_cpus() -> set[int]:
     return os.sched_getaffinity(0)
 
 
+def cpu_model(root: Path = Path("/")) -> str | None:
+    """What the CPU calls itself; None if the system does not tell."""
+    found = re.search(r"^model name\s*: (.+)$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
+    return found[1] if found else None
+
+
 def numa_cpus(node: int, root: Path = Path("/")) -> set[int]:
     """The CPUs of a NUMA node; empty if the system does not tell."""
     text = _read(root / f"sys/devices/system/node/node{node}/cpulist")

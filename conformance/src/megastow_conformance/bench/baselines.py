@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megastow_conformance.bench.bits import bytes_of
 from megastow_conformance.bench.bounds import forget_page_locked
 from megastow_conformance.bench.registry import NotAvailable, baseline
 from megastow_conformance.bench.result import Figure
@@ -132,7 +133,7 @@ class _StorageMoves:
         return self._tenant.cycle_by(self._offload, self._onload)
 
     def _offload(self) -> None:
-        self._copies = [self._out(_bytes_of(storage)) for storage in self._kept]
+        self._copies = [self._out(bytes_of(storage)) for storage in self._kept]
         self._session.device.synchronize()
         for storage in (*self._kept, *self._dropped):
             storage.resize_(0)
@@ -142,9 +143,9 @@ class _StorageMoves:
         for storage, nbytes in zip((*self._kept, *self._dropped), self._sizes, strict=True):
             storage.resize_(nbytes)
         for storage, copy in zip(self._kept, self._copies, strict=True):
-            _bytes_of(storage).copy_(copy, non_blocking=True)
+            bytes_of(storage).copy_(copy, non_blocking=True)
         for storage in self._dropped:
-            _bytes_of(storage).zero_()
+            bytes_of(storage).zero_()
         self._session.device.synchronize()
         self._copies.clear()
 
@@ -182,8 +183,3 @@ def _memory_saver(session: Session, *, retained: bool) -> Iterator[Figure]:
         tenant.cycle_by(offload, onload)
         yield from session.over_bounds(tenant.kept_bytes, _cycles(session, tenant, offload, onload))
     session.note("it copies gradient buffers too, which are not counted")
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """A storage as a flat uint8 tensor."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

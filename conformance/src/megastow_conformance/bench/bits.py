@@ -1,4 +1,4 @@
-"""Are all bits what they were? A copy of a state, and the comparison with it; torch only, and outside of timed parts.
+"""Are all bits what they should be? A copy of a state to compare with, and zeros; torch only, outside of timed parts.
 
 The copy lies in page-locked host memory, so that a comparison of many gigabytes takes less than a second. Nothing here
 calls megastow or keeps a tensor that it was shown: that would hold memory which a move is measured to release.
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from megastow_conformance.oracle import has_memory
+from megastow_conformance.oracle import has_memory, storage_key
 
 _SLAB_BYTES = 1 << 30  # a power of two, since torch rounds page-locked memory up to one
 _SHOWN_BYTES = 4
@@ -77,6 +77,27 @@ class StateCopy:
         wrong = (_as_bytes(tensor).cpu() != self._kept[name]).nonzero().flatten()
         shown = ", ".join(str(int(position)) for position in wrong[:_SHOWN_BYTES])
         return f"{wrong.numel()} of {self._kept[name].numel()} bytes of {name} differ (byte {shown})"
+
+
+def not_zero(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """What is not zero of the storages that tensors lie on, in words; empty if all is, to the last bit.
+
+    Looks where they are, at each storage once, under the name of its first tensor.
+    """
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(storage_key(tensor), name)
+    found = [f"{name} has no memory" for name in first.values() if not has_memory(tensors[name])]
+    whole = {name: bytes_of(tensors[name].untyped_storage()) for name in first.values() if has_memory(tensors[name])}
+    answers = {name: there.any() for name, there in whole.items()}
+    wrong = [name for name, answer in answers.items() if bool(answer)]
+    found += [f"{int(whole[n].count_nonzero())} of {whole[n].numel()} bytes under {n} are not zero" for n in wrong]
+    return sorted(found)
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """A storage as a flat uint8 tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -290,18 +290,20 @@ class BenchResult:
         time_limit: Seconds after which no further row was begun.
         ranks: What each rank found.
         seconds: How long all of it took.
+        is_complete: Whether the run came to its end; before that, rank 0 knows what it has found itself.
     """
 
     command: str
     date: str
     device: str
     hardware: Mapping[str, object]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     size: Mapping[str, object]
     repeats: int
     time_limit: float
     ranks: tuple[RankResult, ...]
     seconds: float
+    is_complete: bool = True
 
     @property
     def differences(self) -> list[str]:
@@ -335,6 +337,7 @@ class BenchResult:
             "repeats": self.repeats,
             "time_limit": self.time_limit,
             "seconds": self.seconds,
+            "complete": self.is_complete,
             "states_compared": self.num_compared,
             "differences": self.differences,
             "failed": self.failed,

@@ -6,11 +6,9 @@ Nothing here prints; what happens is told to a ``Listener``, as in the demo.
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -18,11 +16,11 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 
-import megastow
-from megastow import machine
 from megastow.device import device_for
 from megastow_conformance import megatron_core
 from megastow_conformance.bench import bounds
+from megastow_conformance.bench.circumstances import hardware, versions
+from megastow_conformance.bench.meeting import Meeting, RankError
 from megastow_conformance.bench.registry import NotAvailable, Row
 from megastow_conformance.bench.result import (
     BenchResult,
@@ -35,7 +33,6 @@ from megastow_conformance.bench.result import (
 from megastow_conformance.bench.session import Session
 from megastow_conformance.demo import Listener
 from megastow_conformance.demo_models import Size
-from megastow_conformance.demo_outcome import versions
 
 _STATE_COPIES = 3.5  # host memory that a run holds at most, in states: the copy to compare with, and two managers'
 
@@ -46,7 +43,14 @@ def num_activities(rows: Sequence[Row]) -> int:
 
 
 def run(
-    size: Size, rows: Sequence[Row], *, repeats: int, time_limit: float, command: str, listener: Listener
+    size: Size,
+    rows: Sequence[Row],
+    *,
+    repeats: int,
+    time_limit: float,
+    command: str,
+    listener: Listener,
+    keep: Callable[[BenchResult], None],
 ) -> BenchResult:
     """Runs the rows on this rank; ``demo.join`` first, and call it on every rank.
 
@@ -59,46 +63,63 @@ def run(
         time_limit: Seconds after which no further row is begun.
         command: What was asked for, to be kept with the result.
         listener: Who is told what happens.
+        keep: Is given what this rank has found so far, after every row, because a run may be ended from outside.
     """
-    return _Run(size, rows, repeats, time_limit, listener).run(command)
+    return _Run(size, rows, repeats, time_limit, command, listener).run(keep)
 
 
 class _Run:
     """One run on one rank."""
 
-    def __init__(self, size: Size, rows: Sequence[Row], repeats: int, time_limit: float, listener: Listener) -> None:
-        dist: Any = torch.distributed  # it declares no exports
+    def __init__(
+        self, size: Size, rows: Sequence[Row], repeats: int, time_limit: float, command: str, listener: Listener
+    ) -> None:
         self._start = time.perf_counter()
+        self._date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self._size = size
         self._rows = rows
         self._time_limit = time_limit
+        self._command = command
         self._listener = listener
-        self._session = Session(size, repeats, device_for(megatron_core.device()), world=dist.get_world_size())
+        self._session = Session(size, repeats, device_for(megatron_core.device()), Meeting.of_all())
+        self._results: list[RowResult] = []
 
-    def run(self, command: str) -> BenchResult:
+    def run(self, keep: Callable[[BenchResult], None]) -> BenchResult:
         """Runs everything, in order."""
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        session = self._session
         # Where deterministic algorithms are asked for, as on a GPU here, torch fills all memory that it hands out. That
         # would be added to what others do with new buffers.
         deterministic: Any = torch.utils.deterministic
         deterministic.fill_uninitialized_memory = False
         self._look_at_the_empty_device()
         self._measure_bounds()
-        results = tuple(self._measure(row) for row in self._rows)
+        so_far = self._result()
+        for row in self._rows:
+            self._results.append(self._measure(row))
+            keep(dataclasses.replace(so_far, ranks=(self._mine(),), seconds=time.perf_counter() - self._start))
         self._let_go()
-        mine = RankResult(session.bounds, results, session.memory, session.timeline)
+        ranks = tuple(self._session.gather(self._mine()))
+        return dataclasses.replace(so_far, ranks=ranks, seconds=time.perf_counter() - self._start, is_complete=True)
+
+    def _mine(self) -> RankResult:
+        """What this rank has found so far."""
+        session = self._session
+        return RankResult(session.bounds, tuple(self._results), session.memory, session.timeline)
+
+    def _result(self) -> BenchResult:
+        """What is known before the first row."""
+        session = self._session
         return BenchResult(
-            command=command,
-            date=date,
+            command=self._command,
+            date=self._date,
             device=session.device.torch_device.type,
             hardware=hardware(session.device.torch_device),
-            versions={"megastow": megastow.__version__, **versions()},
+            versions=versions(session.device.torch_device),
             size=dataclasses.asdict(self._size),
             repeats=session.repeats,
             time_limit=self._time_limit,
-            ranks=tuple(session.gather(mine)),
+            ranks=(self._mine(),),
             seconds=time.perf_counter() - self._start,
+            is_complete=False,
         )
 
     def _look_at_the_empty_device(self) -> None:
@@ -177,9 +198,14 @@ class _Attempt:
 def _try(session: Session, row: Row) -> _Attempt:
     """Measures a row; what it raises is an answer too."""
     try:
-        figures = tuple(dataclasses.replace(figure, goal=row.goals.get(figure.name)) for figure in row.measure(session))
+        with session.meeting.together():
+            figures = tuple(
+                dataclasses.replace(figure, goal=row.goals.get(figure.name)) for figure in row.measure(session)
+            )
     except NotAvailable as reason:
         return _Attempt(Status.NOT_AVAILABLE, reason=str(reason))
+    except RankError as reason:
+        return _Attempt(Status.FAILED, reason=str(reason))
     except Exception as error:
         traceback.print_exc()
         # Without its stack, whose variables hold tensors.
@@ -201,27 +227,3 @@ def _short(figure: Figure) -> str:
 
 def _speeds(found: Iterable[Bound]) -> str:
     return ", ".join(f"{bound.name} {bound.bytes_per_second / 1e9:.1f} GB/s" for bound in found)
-
-
-_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
-"""What of the environment changes figures."""
-
-
-def hardware(device: torch.device) -> dict[str, object]:
-    """What it runs on, by name."""
-    limits = machine.host_limits()
-    found: dict[str, object] = {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "usable_cpus": len(machine.usable_cpus()),
-        "host_bytes": limits.total_bytes,
-        "host_available_bytes": limits.available_bytes,
-        "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["device"] = properties.name
-        found["cuda"] = torch.version.cuda
-        found["device_bytes"] = properties.total_memory
-        found["num_devices"] = torch.cuda.device_count()
-    return found

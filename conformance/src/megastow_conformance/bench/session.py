@@ -12,8 +12,9 @@ import torch
 
 from megastow import MemoryFigures, MemoryManager, create_memory_manager
 from megastow.device import Device
-from megastow_conformance.bench.bits import StateCopy
+from megastow_conformance.bench.bits import StateCopy, not_zero
 from megastow_conformance.bench.bounds import forget_page_locked
+from megastow_conformance.bench.meeting import Meeting
 from megastow_conformance.bench.result import Bound, Figure, Spread, Timeline
 from megastow_conformance.bench.sampling import Sampler
 from megastow_conformance.bench.subjects import ManyTensors, Subject, TrainerSubject, device_storages
@@ -110,9 +111,16 @@ class Tenant(Generic[S]):
         self.check()
         return sampler.timeline()
 
-    def check(self) -> None:
-        """Compares all bits with what they were, and tells the session what differs."""
-        self._session.compared(self._copy.differences(self.subject.state()))
+    def check(self, more: Sequence[str] = ()) -> None:
+        """Compares all bits with what they were, and tells the session what differs.
+
+        Gradients must be zero: a training step has left them so, and that is how they come back from a move.
+
+        Args:
+            more: What differs beside the state.
+        """
+        wrong_grads = not_zero(self.subject.grads())
+        self._session.compared([*more, *wrong_grads, *self._copy.differences(self.subject.state())])
 
     def close(self) -> None:
         """Drops everything, wherever it is; what is offloaded is not brought back."""
@@ -130,7 +138,7 @@ class Session:
         size: The trainer's size.
         repeats: How often a steady thing is measured.
         device: The accelerator.
-        world: Number of ranks.
+        meeting: Where the ranks meet.
         bounds: What the machine can do, by key.
         memory: Memory in use at named moments.
         timeline: Device memory through one cycle.
@@ -138,11 +146,11 @@ class Session:
             of which makes the buffers.
     """
 
-    def __init__(self, size: Size, repeats: int, device: Device, world: int) -> None:
+    def __init__(self, size: Size, repeats: int, device: Device, meeting: Meeting) -> None:
         self.size = size
         self.repeats = repeats
         self.device = device
-        self.world = world
+        self.meeting = meeting
         self.bounds: dict[str, Bound] = {}
         self.memory: dict[str, MemoryFigures] = {}
         self.timeline = Timeline()
@@ -152,6 +160,11 @@ class Session:
         self._notes: list[str] = []
         self._differences: list[str] = []
         self._num_compared = 0
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.meeting.world
 
     @property
     def copied_bytes(self) -> int:
@@ -279,6 +292,7 @@ class Session:
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks."""
+        self.meeting.meet()
         found: list[Any] = [value] * self.world
         if self.world > 1:
             dist: Any = torch.distributed  # it declares no exports
@@ -287,7 +301,8 @@ class Session:
 
     def _meet(self) -> None:
         """Has all ranks begin at once, with nothing left to do on the device."""
-        if self.world > 1:
+        self.meeting.meet()
+        if self.world > 1:  # all are there now; a barrier lets them go closer together than a store
             dist: Any = torch.distributed
             dist.barrier()
         self.device.synchronize()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +50,9 @@ class TrainerSubject:
         self._trainer.train_step(self._num_steps)
         self._num_steps += 1
 
-    def forward(self) -> None:
-        """The forward passes of a step, without gradients; waits for their end."""
-        self._trainer.evaluate(self._num_steps)
+    def forward(self) -> Sequence[bytes]:
+        """The losses of a step's forward passes, without gradients; waits for their end."""
+        return self._trainer.evaluate(self._num_steps)
 
     @property
     def model(self) -> Any:

@@ -93,7 +93,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="How often a steady thing is measured.")] = 5,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write everything that was found to FILE."),
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write what was found to FILE, after every row."),
     ] = None,
     plot_file: Annotated[
         Path | None,

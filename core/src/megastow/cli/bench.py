@@ -11,13 +11,18 @@ import shlex
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from megastow.cli import launch
 from megastow.cli.bench_tables import bench_table, bench_verdict
 from megastow.cli.console import Narrator, SilentNarrator, make_console, print_group
+
+if TYPE_CHECKING:
+    from megastow_conformance.bench.result import BenchResult
 
 _HUNG_SECONDS = 300  # after the time limit, which only decides what is begun
 
@@ -90,6 +95,7 @@ def _run_rank(settings: Settings) -> int:
     size, rows = SIZES[settings.size], choose_rows(settings.rows)
     is_first = launch.is_first_rank()
     console = make_console() if is_first else Console(quiet=True)
+    json_file = settings.json_file if is_first else None
     narrator: Narrator | SilentNarrator = SilentNarrator()
     with launch.limited("bench", settings.time_limit + _HUNG_SECONDS):
         try:
@@ -107,12 +113,13 @@ def _run_rank(settings: Settings) -> int:
                 time_limit=settings.time_limit,
                 command=shlex.join(["megastow", "bench", *_arguments(settings)]),
                 listener=narrator,
+                keep=partial(_write, json_file),
             )
             narrator.close()
             print_group(console, bench_table(result))
-            if is_first and settings.json_file is not None:
-                settings.json_file.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
-                console.print(f"everything is in {settings.json_file}", markup=False, soft_wrap=True)
+            _write(json_file, result)
+            if json_file is not None:
+                console.print(f"everything is in {json_file}", markup=False, soft_wrap=True)
             if is_first and settings.plot_file is not None:
                 from megastow.cli.bench_plot import draw
 
@@ -129,6 +136,12 @@ def _run_rank(settings: Settings) -> int:
     if result.differences:
         return launch.DIFFERENT
     return launch.UNFINISHED if result.failed else launch.IDENTICAL
+
+
+def _write(file: Path | None, result: BenchResult) -> None:
+    """Writes what was found to the file that was asked for, if one was."""
+    if file is not None:
+        file.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments(settings: Settings) -> list[str]:

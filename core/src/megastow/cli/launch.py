@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 import megastow
+from megastow import machine
+from megastow.cli import gpus
 from megastow.cli.console import make_console
 
 IDENTICAL, DIFFERENT, UNFINISHED = 0, 1, 3
@@ -110,10 +112,12 @@ def headline() -> str:
     """Versions and device, in one line."""
     megatron = megastow.detect_megatron()
     assert megatron is not None
-    device = f"{torch.cuda.get_device_name()}, NCCL" if torch.cuda.is_available() else "CPU (no CUDA device), gloo"
+    device = "no CUDA device, gloo"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, driver {gpus.find_driver().version or 'unknown'}, NCCL"
     return (
         f"megastow {megastow.__version__}, torch {torch.__version__}, megatron-core {megatron.version} "
-        f"({megatron.path}), {device}"
+        f"({megatron.path}), {machine.cpu_model() or 'CPU'}, {device}"
     )
 
 
