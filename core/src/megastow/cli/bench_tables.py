@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megastow_conformance.bench.result import BenchResult, Bound, Figure, RowResult
 
 _SHOWN_DIFFERENCES = 10
+_AGAINST_WIDTH = 22  # the longest takes two lines of it
 _STYLES = {"failed": "bold red", "not run": "yellow", "not available": "dim"}
 
 
@@ -26,7 +27,7 @@ def bench_table(result: BenchResult) -> Group:
     table.add_column("figure", no_wrap=True)
     for heading in ("median", "min", "max", "goal"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("against")
+    table.add_column("against", max_width=_AGAINST_WIDTH)
     for heading in ("seconds", "bytes", "GB/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     first = result.ranks[0]

@@ -8,8 +8,8 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-_PLAIN_WIDTH = 150  # a log has no edge; tables shall not be folded in it
-_TABLE_WIDTH = 130  # what the widest needs
+_PLAIN_WIDTH = 150  # of sentences where nobody watches
+_NO_EDGE = 1000
 
 
 def make_console() -> Console:
@@ -26,11 +26,7 @@ def print_group(console: Console, group: Group) -> None:
     Rich would leave out figures instead.
     """
     wide = Console(
-        file=console.file,
-        quiet=console.quiet,
-        highlight=False,
-        force_terminal=console.is_terminal,
-        width=max(console.width, _TABLE_WIDTH),
+        file=console.file, quiet=console.quiet, highlight=False, force_terminal=console.is_terminal, width=_NO_EDGE
     )
     for part in group.renderables:
         (wide if isinstance(part, Table) else console).print(part)
