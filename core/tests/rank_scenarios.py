@@ -292,11 +292,14 @@ def an_interruption_after_all_have_confirmed():
     for call, resting in ((manager.offload, Residency.OFFLOADED), (manager.onload, Residency.RESIDENT)):
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 1:
-                vote = GroupAgreement.vote
+                votes, vote = iter((False, True)), GroupAgreement.vote
 
                 def interrupted(*arguments):
                     vote(*arguments)  # noqa: B023
-                    raise KeyboardInterrupt
+                    if next(votes):  # noqa: B023
+                        raise KeyboardInterrupt
+
+                    return vote(*arguments)  # noqa: B023
 
                 patch.setattr(GroupAgreement, "vote", interrupted)
                 with pytest.raises(KeyboardInterrupt):

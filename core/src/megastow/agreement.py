@@ -1,15 +1,14 @@
 """Ranks of a group move together: each call happens on all of them or on none, and nobody waits for ever.
 
 [Note: how ranks agree]
-A call has rounds of voting: one for its start, in which all must have called the same, and for which nobody waits
-before there is something to release or to take; and one before what cannot be undone, which all must have reached; and
-between them, if the call needs it, one in which ranks answer questions with their votes, and one in which each leaves a
-note for some of the others. The rounds of a manager are numbered, and every rank goes through the same ones in the same
-order. What becomes of a round is one key of a key-value store, the decision, which can be written once (`compare_set`):
-by the last rank to vote, by a rank that has failed, or by one that has waited for too long. Whoever comes later finds
-it there. So all ranks follow the same decision, whenever they look, and a call ends at the first one that is not
-"agreed": the next call begins with the next round, on all ranks. A rank that finds that the others have given up on
-several rounds without it passes over those.
+A call has rounds of voting: one at its start, in which all must have called the same, and one before what cannot be
+undone, which all must have reached; and between them, if the call needs it, one in which ranks answer questions with
+their votes, and one in which each leaves a note for some of the others. The rounds of a manager are numbered, and every
+rank goes through the same ones in the same order. What becomes of a round is one key of a key-value store, the
+decision, which can be written once (`compare_set`): by the last rank to vote, by a rank that has failed, or by one that
+has waited for too long. Whoever comes later finds it there. So all ranks follow the same decision, whenever they look,
+and a call ends at the first one that is not "agreed": the next call begins with the next round, on all ranks. A rank
+that finds that the others have given up on several rounds without it passes over those.
 
 The store is that of the process group (`store.py`), and no collective is involved: those would hang with the rank that
 is missing, and a gloo group is of no use any more after its first time-out.
@@ -17,11 +16,10 @@ is missing, and a gloo group is of no use any more after its first time-out.
 What remains is a rank that votes and then loses the store. It cannot know the decision, undoes its part, and says so.
 The residencies of the ranks may then differ until the call, or its opposite, is made again.
 
-A rank votes in one of a few places of its own, in turns, and notes the round there: what is there of another round is
-no vote. (In turns, because a vote that was given up may still be written when the next one has been.) Of a round there
-are two keys more, the decision and how many have come. They are deleted two rounds later, by the first to come, who has
-to wait anyway. So a vote takes a rank four requests, and the last to come one for all votes: the process that serves
-the store answers some 50,000 a second, and a job may have a thousand ranks.
+Of a round there are two keys, the decision and how many have come, and one for each vote and each note. When all have
+come to a later round, nobody looks at them any more: each rank deletes its own while it waits in the one after that,
+and the first to come to it deletes the two. So a vote takes a rank five requests, and the last to come one for all
+votes: the process that serves the store answers some 50,000 a second, and a job may have a thousand ranks.
 """
 
 from __future__ import annotations
@@ -88,16 +86,6 @@ class Call:
 
 class Ballot:
     """What the ranks of a call have agreed on so far; this one is of a manager without a group, and agrees to all."""
-
-    def begin(self) -> None:
-        """Wait until all ranks have come to the call. Before that, only do what leaves all state where it is.
-
-        The other methods do it too, where they wait for the others.
-
-        Raises:
-            AgreementError: ranks made different calls.
-            PeerError: another rank failed or did not come in time; undo the call, as it does.
-        """
 
     def confirm(self, kind: StateKind | None = None) -> None:
         """Vote, before what cannot be undone: all that could fail has gone well here. Waits for the others.
@@ -183,7 +171,7 @@ class Agreement:
     def making(self, call: Call) -> Iterator[Ballot]:
         """Make a call with all ranks. What fails within makes it fail on all of them, unless all have confirmed it.
 
-        Waits for nobody at first; see `Ballot.begin`. What the block has not confirmed by its end is confirmed then.
+        What the block has not confirmed by its end is confirmed then.
 
         Raises:
             AgreementError: ranks made different calls; nothing was done.
@@ -282,7 +270,6 @@ class _GroupBallot(Ballot):
         self._agreement = agreement
         self._call = call
         self._left: deque[tuple[int, Point]] = deque(enumerate(("start", *call.points), first))
-        self._cast: Callable[[], _Outcome] | None = None  # the vote for the start, until it was waited for
         self._is_void = False
         self._last = first + len(call.points)
         self._after_void = first
@@ -298,14 +285,13 @@ class _GroupBallot(Ballot):
             return self._after_void
         return self._left[0][0] if self._left else self._last + 1
 
-    def start(self) -> None:
-        """Vote for the call itself; `begin` waits for the others."""
-        number, _ = self._left[0]
-        self._cast = self._agreement.cast(number, self._call.what, 0.0)
+    @property
+    def is_under_way(self) -> bool:
+        """Whether this rank has voted in a round of it, and knows of no end."""
+        return not self._is_void and bool(self._left) and self._left[0][0] <= self._agreement.newest
 
-    def begin(self) -> None:
-        if self._left and self._left[0][1] == "start":
-            self._vote_once()
+    def start(self) -> None:
+        self._vote_once()
 
     def finish(self) -> None:
         while self._left:
@@ -328,7 +314,7 @@ class _GroupBallot(Ballot):
 
     def look(self) -> None:
         decision = self._agreement.look(self._left[0][0]) if self._left else None
-        if decision is not None and decision[0].end != "agreed":
+        if decision is not None:
             self._follow(*decision)
             raise decision[0].error(self._call.what)
 
@@ -355,8 +341,7 @@ class _GroupBallot(Ballot):
         where = {"start": "", ANSWERS: ", to the answers", NOTES: ", to the notes", None: ", to the end"}
         what = self._call.what + where.get(point, f", to the end of {point}")
         said = f"{what}\n{answers}" if answers else what
-        cast, self._cast = self._cast, None
-        decision, following = self._agreement.vote(number, said, patience, note) if cast is None else cast()
+        decision, following = self._agreement.vote(number, said, patience, note)
         self._follow(decision, following)
         if self._is_void:
             raise decision.error(self._call.what)
@@ -375,6 +360,9 @@ class GroupAgreement(Agreement):
 
     Managers of a group find each other by the order in which they were made, which is the same on all ranks.
 
+    Attributes:
+        newest: the last round in which this rank has voted, or has begun to.
+
     Args:
         store: the key-value store of the group.
         ranks: those of the group, this one among them; by their global numbers, which messages use.
@@ -388,8 +376,9 @@ class GroupAgreement(Agreement):
         self._seconds = seconds
         self._line = StoreLine(store)
         self._agreed = 0  # the last round that all ranks are known to have come to
-        self._tidied = 0  # there are no keys of rounds before this one
-        self._newest = -1  # the last round in which this rank has voted, or has begun to
+        self._tidied = 0  # there are no decisions of rounds before this one
+        self._mine: list[tuple[int, str]] = []  # the votes and notes of this rank that are in the store, by round
+        self.newest = -1
         self._ballot = _GroupBallot(self, _NOTHING, 0)
         self.name = str(self._ask(self._number))
         self._prefix = f"megastow/{self.name}"
@@ -397,7 +386,7 @@ class GroupAgreement(Agreement):
     @contextlib.contextmanager
     def making(self, call: Call) -> Iterator[Ballot]:
         """Make a call with all ranks; see `Agreement.making`."""
-        ballot = self._ballot = _GroupBallot(self, call, self._first())
+        ballot = self._next_ballot(call)
         try:
             ballot.start()
             yield ballot
@@ -408,8 +397,7 @@ class GroupAgreement(Agreement):
 
     def decline(self, error: BaseException) -> None:
         """Tell the others that a call failed here before it began."""
-        self._ballot = _GroupBallot(self, _NOTHING, self._first())
-        self._ballot.withdraw(error)
+        self._next_ballot(_NOTHING).withdraw(error)
 
     def leave(self) -> None:
         """Tell the others that this rank makes no more calls. Does not wait for them."""
@@ -423,39 +411,27 @@ class GroupAgreement(Agreement):
     # --- what a ballot asks ------------------------------------------------------------------------------------------
 
     def vote(self, number: int, said: str, patience: float, note: str | None = None) -> _Outcome:
-        """Vote in a round, and wait for the others; see `cast`."""
-        return self.cast(number, said, patience, note)()
-
-    def cast(self, number: int, said: str, patience: float, note: str | None = None) -> Callable[[], _Outcome]:
-        """Vote in a round.
+        """Vote in a round, and wait for the others; the decision, and the number of the next round.
 
         Args:
             number: of the round.
             said: what is called, and in a second line answers for the others.
             patience: seconds beyond the usual limit.
             note: left for those who want to read it; see `notes`.
-
-        Returns:
-            What waits for the others, and tells what became of it.
         """
         seconds = self._seconds + patience
-        is_new = number > self._newest  # asked again after an interruption, it must not count twice
-        self._newest = max(self._newest, number)
+        is_new = number > self.newest  # asked again after an interruption, it must not count twice
+        self.newest = max(self.newest, number)
 
         def work(store: Store) -> _Outcome:
             if note is not None:
-                store.set(self._place(number, "note", self._rank), f"{number}\n{note}")
+                self._tell(store, number, self._note_key(number, self._rank), note)
             return self._exchange(store, number, said, seconds, is_new)
 
-        answer = self._line.begin(work)
-
-        def outcome() -> _Outcome:
-            try:
-                return answer(seconds + _GRACE_SECONDS)
-            except Exception as error:  # of the line; perhaps the others have agreed before it broke
-                return self.stop(number, _words(error))
-
-        return outcome
+        try:
+            return self._line.ask(work, seconds + _GRACE_SECONDS)
+        except Exception as error:  # of the line; perhaps the others have agreed before it broke
+            return self.stop(number, _words(error))
 
     def notes(self, number: int, ranks: Collection[int]) -> Mapping[int, str]:
         """What ranks told in a round that all have agreed in, until this one votes in the next.
@@ -463,11 +439,16 @@ class GroupAgreement(Agreement):
         Raises:
             PeerError: the store does not answer.
         """
-        found = self._ask(lambda store: self._told(store, "note", number, ranks))
-        return {rank: found.get(rank, "") for rank in ranks}
+        keys = {rank: self._note_key(number, rank) for rank in ranks}
+
+        def work(store: Store) -> dict[int, str]:
+            found = self._those_there(store, keys)
+            return {rank: found.get(rank, b"").decode() for rank in keys}
+
+        return self._ask(work)
 
     def look(self, number: int) -> _Outcome | None:
-        """How a round was decided that this rank has not waited for, and the number of the next; None if it is open."""
+        """How a round was decided in which this rank has not voted, and the number of the next; None if it is open."""
 
         def work(store: Store) -> _Outcome | None:
             found = self._decision(store, number)
@@ -490,9 +471,14 @@ class GroupAgreement(Agreement):
             logger.warning("the other ranks could not be told that %s: %s", decision.text, error)
             return decision, number + 1
 
-    def _first(self) -> int:
-        """The round that a call begins with: after one that has failed, the first that nobody has given up on."""
-        return self._open(self._ballot.following) if self._ballot.is_void else self._ballot.following
+    def _next_ballot(self, call: Call) -> _GroupBallot:
+        """That of a new call. It begins with the next round; after a call that has failed, with the next open one."""
+        before = self._ballot
+        if before.is_under_way:  # interrupted, and so was its withdrawal: its last vote must not stand for this call
+            before.withdraw(InterruptedError(f"{call.what or 'another call'} was made instead"))
+        first = self._open(before.following) if before.is_void else before.following
+        self._ballot = _GroupBallot(self, call, first)
+        return self._ballot
 
     def _open(self, number: int) -> int:
         """The first round from `number` on that is not decided, or in which somebody has left."""
@@ -527,33 +513,40 @@ class GroupAgreement(Agreement):
             number = store.add(f"megastow/managers/{self._rank}", 1)
         return number
 
-    def _key(self, number: int, name: Literal["come", "decision"]) -> str:
-        """Where something of a round is."""
+    def _key(self, number: int, name: object) -> str:
         return f"{self._prefix}/{number}/{name}"
 
-    def _place(self, number: int, name: Literal["vote", "note"], rank: int) -> str:
-        """Where a rank says something in a round, and in others before and after."""
-        return f"{self._prefix}/{name}/{rank}/{number % _NUM_PLACES}"
+    def _note_key(self, number: int, rank: int) -> str:
+        return self._key(number, f"{rank}/note")
+
+    def _tell(self, store: Store, number: int, key: str, said: str) -> None:
+        """Set a key of this rank's own."""
+        self._mine.append((number, key))
+        store.set(key, said)
 
     def _exchange(self, store: Store, number: int, said: str, seconds: float, is_new: bool) -> _Outcome:
         """Vote, and wait for the decision; or take it, as the last to come or after having waited for too long."""
-        is_new = is_new or not self._told(store, "vote", number, [self._rank])
+        mine = self._key(number, self._rank)
+        is_new = is_new or not store.check([mine])
         if is_new:
-            store.set(self._place(number, "vote", self._rank), f"{number}\n{said}")
+            self._tell(store, number, mine, said)
         num_come = store.add(self._key(number, "come"), int(is_new))
-        have_all_come = num_come == len(self._ranks)
-        if not have_all_come:
-            if num_come == 1:
-                self._tidy(store)
-            with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
-                wait_for(store, self._key(number, "decision"), seconds)
-                return self._decided(store, number, self._read(store, number))
-        return self._decide(store, number, self._judge(store, number, seconds, have_all_come))
+        if num_come == len(self._ranks):
+            outcome = self._decide(store, number, self._judge(store, number, seconds))
+            self._tidy(store, is_first=False)
+            return outcome
+        self._tidy(store, is_first=num_come == 1)
+        with contextlib.suppress(RuntimeError):  # over time; if it is more than that, the next call says so
+            wait_for(store, self._key(number, "decision"), seconds)
+            found = self._read(store, number)
+            if found is not None:
+                return self._decided(store, number, found)
+        return self._decide(store, number, self._judge(store, number, seconds))
 
-    def _judge(self, store: Store, number: int, seconds: float, have_all_come: bool) -> Decision:
+    def _judge(self, store: Store, number: int, seconds: float) -> Decision:
         """What to make of those who have come."""
-        found = self._told(store, "vote", number, self._ranks, are_there=have_all_come)
-        said = [each.partition("\n") for each in found.values()]
+        found = self._those_there(store, {rank: self._key(number, rank) for rank in self._ranks})
+        said = [each.decode().partition("\n") for each in found.values()]
         calls = dict(zip(found, (call for call, _, _ in said), strict=True))
         by_call = {call: [rank for rank in calls if calls[rank] == call] for call in calls.values()}
         told = "; ".join(f"{_names(ranks)} called {call}" for call, ranks in by_call.items())
@@ -565,30 +558,24 @@ class GroupAgreement(Agreement):
             return Decision("differ", f"the ranks differ: {told}", self._ranks)
         return Decision("agreed", answers=_counted(json.loads(answers) for _, _, answers in said if answers))
 
-    def _told(
-        self,
-        store: Store,
-        name: Literal["vote", "note"],
-        number: int,
-        ranks: Collection[int],
-        *,
-        are_there: bool = False,
-    ) -> dict[int, str]:
-        """What ranks have said in a round, of those who have; `are_there` if all of their places have been used."""
-        keys = {rank: self._place(number, name, rank) for rank in ranks}
-        if not are_there and not store.check(list(keys.values())):
+    @staticmethod
+    def _those_there(store: Store, keys: Mapping[int, str]) -> dict[int, bytes]:
+        """What ranks have written under these keys, of those who have."""
+        if not store.check(list(keys.values())):
             keys = {rank: key for rank, key in keys.items() if store.check([key])}
-        found = store.multi_get(list(keys.values())) if keys else []
-        said = {rank: each.decode().partition("\n") for rank, each in zip(keys, found, strict=True)}
-        return {rank: text for rank, (when, _, text) in said.items() if when == str(number)}
+        return dict(zip(keys, store.multi_get(list(keys.values())), strict=True)) if keys else {}
 
     def _decision(self, store: Store, number: int) -> Decision | None:
         """How a round was decided; None if it is open."""
         return self._read(store, number) if store.check([self._key(number, "decision")]) else None
 
-    def _read(self, store: Store, number: int) -> Decision:
-        """A decision that is there, by one request; `get` takes two, as it waits first."""
-        return Decision.decode(store.compare_set(self._key(number, "decision"), "", ""))
+    def _read(self, store: Store, number: int) -> Decision | None:
+        """A decision that was there a moment ago; None if it is gone since, as it is for a vote that was given up.
+
+        One request, where `get` takes two. Of a round that is open it would wake up all who wait for its decision.
+        """
+        found = store.compare_set(self._key(number, "decision"), _GONE, _GONE)  # never what is there: writes nothing
+        return None if found == _GONE.encode() else Decision.decode(found)
 
     def _decide(self, store: Store, number: int, decision: Decision) -> _Outcome:
         """Decide a round, if nobody has yet."""
@@ -605,15 +592,21 @@ class GroupAgreement(Agreement):
                 following += 1
         return decision, following
 
-    def _tidy(self, store: Store) -> None:
-        """Delete what there is of rounds that all have left behind; for the first who comes to one."""
-        for old in range(self._tidied, self._agreed):
+    def _tidy(self, store: Store, *, is_first: bool) -> None:
+        """Delete what is this rank's own of rounds that all have left behind; the first to come, also what is common.
+
+        Whoever comes to a round has seen the last one agreed: all have voted in that, and look at none before.
+        """
+        agreed = self._agreed
+        for _, key in (entry for entry in self._mine if entry[0] < agreed):
+            store.delete_key(key)
+        self._mine = [entry for entry in self._mine if entry[0] >= agreed]
+        for old in range(self._tidied, agreed) if is_first else ():
             store.delete_key(self._key(old, "come"))
             store.delete_key(self._key(old, "decision"))
 
 
-_NUM_PLACES = 16
-"""In so many rounds a vote that was given up is written, or never; if it is later, somebody counts as late."""
+_GONE = "gone"
 
 
 def _counted(given: Iterable[Mapping[str, str]]) -> Answers:

@@ -22,9 +22,8 @@ offload's look at what would stay included; once the first byte of it is gone th
 then ends the move instead of undoing it. So it is with weights that are derived (`derived.py`): they are rebuilt by an
 onload of their own, never by an undoing.
 
-Ranks that move together vote before that, and at the end of an onload (`agreement.py`). That they have all come is
-asked for before the first storage is released or taken, while the first copies are under way. A move that fails on one
-is undone on all; one that all have confirmed is ended by each, as if the first byte were gone. What they share, or may
+Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
+undone on all; one that all have confirmed is ended by each, as if the first byte were gone. What they share, or may
 share (`replicas.py`), is released after that vote, too: a rank cannot refill it alone.
 """
 
@@ -354,7 +353,6 @@ class Engine:
             plans = self._plan(records, moving, keep_grads, clock, proofs)
             del records  # they hold storages
             leaving = {**plans, **{kind: self._parked[kind] for kind in unfinished}}
-            ballot.begin()
             self._move_out(leaving, begun, Offload(kinds, clock, give_back, inspect, ballot))
             if give_back:
                 self._device.release_cached()
@@ -409,7 +407,6 @@ class Engine:
             arrived(kind)
 
         self._check_sources(moving)
-        ballot.begin()
         with self._during("onload", moving, Residency.ONLOADING):
             for kind in moving:
                 orphans = [p for p in self._parked[kind] if p.is_orphan]

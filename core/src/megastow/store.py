@@ -56,22 +56,13 @@ class StoreLine:
         self._idle: Store | None = None
 
     def ask(self, work: Callable[[Store], _T], seconds: float) -> _T:
-        """Do some work with the store; see `begin`.
+        """Do some work with the store.
+
+        A connection whose work did not end well, or was not waited for, is left to its thread, and the next work gets a
+        new one.
 
         Raises:
             PeerError: it took longer than `seconds`.
-        """
-        return self.begin(work)(seconds)
-
-    def begin(self, work: Callable[[Store], _T]) -> Callable[[float], _T]:
-        """Begin some work with the store.
-
-        A connection whose work did not end well, or is not waited for, is left to its thread, and the next work gets a
-        new one.
-
-        Returns:
-            What waits for the work, so many seconds, and returns or raises what it did; to be called once. It raises
-            `PeerError` when they are over.
         """
         idle, self._idle = self._idle, None
         done: Future[tuple[Store, _T]] = Future()
@@ -84,18 +75,12 @@ class StoreLine:
             except BaseException as error:
                 done.set_exception(error)
 
-        def answer(seconds: float) -> _T:
-            part = seconds / _NUM_PARTS  # see [Note: pauses]
-            if not any(wait([done], part).done for _ in range(_NUM_PARTS)):
-                raise PeerError(f"the store of the process group did not answer within {seconds:g} s", ranks=())
-            self._idle, result = done.result()
-            return result
-
-        try:
-            threading.Thread(target=run, name="megastow-agree", daemon=True).start()
-        except RuntimeError as error:  # the system has no thread left
-            done.set_exception(error)
-        return answer
+        threading.Thread(target=run, name="megastow-agree", daemon=True).start()
+        part = seconds / _NUM_PARTS  # see [Note: pauses]
+        if not any(wait([done], part).done for _ in range(_NUM_PARTS)):
+            raise PeerError(f"the store of the process group did not answer within {seconds:g} s", ranks=())
+        self._idle, result = done.result()
+        return result
 
 
 def wait_for(store: Store, key: str, seconds: float) -> None:

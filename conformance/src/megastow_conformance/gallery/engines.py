@@ -236,16 +236,11 @@ class _AgreesInstead(Agreement):
 
     swallowed: str
 
-    def cast(self, *details: Any) -> Callable[[], tuple[Decision, int]]:
-        """Votes as ever."""
+    def vote(self, *details: Any) -> tuple[Decision, int]:
+        """What the ranks have decided."""
         ranks: Any = super()
-        outcome = ranks.cast(*details)
-
-        def swallowing() -> tuple[Decision, int]:
-            decision, following = outcome()
-            return Decision("agreed") if decision.end == self.swallowed else decision, following
-
-        return swallowing
+        decision, following = ranks.vote(*details)
+        return Decision("agreed") if decision.end == self.swallowed else decision, following
 
 
 @breaks("failure", scenario="toy_dense_distopt", world=2)
