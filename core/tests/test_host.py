@@ -1,6 +1,7 @@
 """Host memory: exact size, pieces, reuse, and all of it given back."""
 
 import gc
+import time
 import weakref
 
 import pytest
@@ -11,6 +12,8 @@ from megastow import faults, machine
 from megastow.device import CpuDevice
 from megastow.errors import HostMemoryError
 from megastow.host import HostArena, HostRegion, align_up, check_host_memory
+from megastow.staging import Staging
+from megastow.tiers import Tier
 
 PAGE = machine.PAGE_BYTES
 
@@ -42,7 +45,7 @@ def test_align_up():
 @pytest.mark.parametrize("nbytes", [1, PAGE - 1, PAGE, 5 * PAGE + 1])
 def test_a_region_has_exactly_the_pages_it_needs_and_all_are_locked(nbytes):
     device = Locks()
-    region = HostRegion(nbytes, device, piece_bytes=2 * PAGE)
+    region = HostRegion.make(nbytes, device, piece_bytes=2 * PAGE)
     assert region.nbytes == region.bytes.nbytes == align_up(nbytes, PAGE)
     assert sum(device.locked.values()) == region.nbytes
     assert max(device.locked.values()) <= 2 * PAGE
@@ -54,7 +57,7 @@ def test_a_region_has_exactly_the_pages_it_needs_and_all_are_locked(nbytes):
 
 
 def test_no_chunk_spans_two_pieces():
-    region = HostRegion(10 * PAGE, Locks(), piece_bytes=3 * PAGE)
+    region = HostRegion.make(10 * PAGE, Locks(), piece_bytes=3 * PAGE)
     for offset, nbytes, chunk in (
         (0, 10 * PAGE, 1 << 40),
         (512, 9 * PAGE, 2 * PAGE),
@@ -73,15 +76,15 @@ def test_no_chunk_spans_two_pieces():
 def test_a_refused_lock_leaves_nothing_locked():
     device = Locks(refuse_from=2)
     with pytest.raises(HostMemoryError):
-        HostRegion(8 * PAGE, device, piece_bytes=2 * PAGE)
+        HostRegion.make(8 * PAGE, device, piece_bytes=2 * PAGE)
     assert not device.locked
     with faults.inject("host.lock", lambda: KeyboardInterrupt(), after=1), pytest.raises(KeyboardInterrupt):
-        HostRegion(8 * PAGE, Locks(), piece_bytes=2 * PAGE)
+        HostRegion.make(8 * PAGE, Locks(), piece_bytes=2 * PAGE)
 
 
 def test_a_region_nobody_holds_is_unlocked():
     device = Locks()
-    region = HostRegion(PAGE, device)
+    region = HostRegion.make(PAGE, device)
     gc.disable()
     try:
         del region
@@ -92,20 +95,20 @@ def test_a_region_nobody_holds_is_unlocked():
 
 def test_a_size_that_no_machine_has_is_refused():
     with pytest.raises(HostMemoryError, match="could not be mapped"):
-        HostRegion(1 << 62, Locks())
+        HostRegion.make(1 << 62, Locks())
     with pytest.raises(HostMemoryError, match="can be had"):
         check_host_memory(1 << 60)
 
 
 def test_the_arena_reuses_replaces_and_forgets():
     arena = HostArena(Locks())
-    first = arena.reserve("a", 100)
-    assert arena.reserve("a", PAGE) is first  # the same pages
-    assert arena.reserve("b", 3 * PAGE) is not first
+    first = arena.reserve({"a": 100})["a"]
+    assert arena.reserve({"a": PAGE})["a"] is first  # the same pages
+    assert arena.reserve({"b": 3 * PAGE})["b"] is not first
     assert arena.nbytes == 4 * PAGE
     gone = weakref.ref(first)
     del first
-    assert arena.reserve("a", PAGE + 1).nbytes == 2 * PAGE
+    assert arena.reserve({"a": PAGE + 1})["a"].nbytes == 2 * PAGE
     assert gone() is None
     assert arena.nbytes == 5 * PAGE
     arena.close()
@@ -113,9 +116,53 @@ def test_the_arena_reuses_replaces_and_forgets():
     assert arena.nbytes == 0
 
 
+def test_a_region_is_locked_while_the_next_is_touched():
+    size = 64 << 20
+    seen = []
+
+    class Waits(Locks):
+        def lock_pages(self, address, nbytes):
+            deadline = time.monotonic() + 30
+            while not self.locked and machine.resident_bytes() < before + 1.9 * size and time.monotonic() < deadline:
+                time.sleep(0.001)
+            seen.append(machine.resident_bytes() - before)
+            super().lock_pages(address, nbytes)
+
+    arena = HostArena(Waits())
+    before = machine.resident_bytes()
+    regions = arena.reserve({"a": size, "b": size})
+    assert seen[0] > 1.9 * size, "the second was not touched while the first was being locked"
+    assert all(region.bytes.sum() == 0 for region in regions.values())
+    arena.close()
+
+
+def test_of_regions_that_are_made_together_those_stay_that_were_ready():
+    device = Locks(refuse_from=2)
+    arena = HostArena(device)
+    before = arena.reserve({"a": PAGE})["a"]
+    with pytest.raises(HostMemoryError, match="refused"):
+        arena.reserve({"a": PAGE, "b": 2 * PAGE, "c": 3 * PAGE, "d": PAGE})
+    assert arena.nbytes == 3 * PAGE
+    assert sorted(device.locked.values()) == [PAGE, 2 * PAGE]
+    assert arena.reserve({"a": PAGE})["a"] is before
+    with faults.inject("host.allocate", lambda: KeyboardInterrupt(), after=1), pytest.raises(KeyboardInterrupt):
+        arena.reserve({"b": PAGE, "c": PAGE})
+    assert sorted(device.locked.values()) == [PAGE]
+    arena.close()
+    assert not device.locked
+
+
+def test_only_what_cannot_be_locked_is_kept_in_other_memory():
+    arena = HostArena(Locks(refuse_from=1), "auto", staging=Staging(Locks(), PAGE))
+    regions = arena.reserve({"a": PAGE, "b": 2 * PAGE})
+    assert [region.tier for region in regions.values()] == [Tier.PINNED, Tier.PAGEABLE]
+    assert list(arena.demoted()) == ["b"]
+    arena.close()
+
+
 def test_the_arena_checks_everything_together_and_counts_what_it_holds(monkeypatch):
     arena = HostArena(Locks())
-    arena.reserve("a", 4 * PAGE)
+    arena.reserve({"a": 4 * PAGE})
     asked = []
     monkeypatch.setattr("megastow.host.shortage", lambda nbytes, limits: asked.append(nbytes))
     arena.check({"a": 4 * PAGE, "b": 1, "c": PAGE})
@@ -139,7 +186,7 @@ size = 512 << 20
 device = CpuDevice(torch.device("cpu"))
 before = resident()
 arena = HostArena(device)
-region = arena.reserve("x", size)
+region = arena.reserve({{"x": size}})["x"]
 assert resident() - before > 0.95 * size, "not touched"
 region.bytes.fill_(1)
 assert resident() - before < 1.05 * size + (8 << 20), "more than its size"
@@ -147,7 +194,7 @@ del region
 arena.close()
 assert resident() - before < (32 << 20), "not given back"
 
-region = HostRegion(1 << 20, device)
+region = HostRegion.make(1 << 20, device)
 view = region.bytes[-8:]
 view.fill_(9)
 region.close()

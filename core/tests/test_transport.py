@@ -20,7 +20,7 @@ from megastow.transport import HostSlice, Transport
 def test_out_and_back(chunk_bytes, offset):
     device = CpuDevice(torch.device("cpu"))
     transport = Transport(device, chunk_bytes)
-    region = HostRegion(4 * PAGE_BYTES, device, piece_bytes=PAGE_BYTES)
+    region = HostRegion.make(4 * PAGE_BYTES, device, piece_bytes=PAGE_BYTES)
     region.bytes.fill_(0xAB)
     source = odd_floats().repeat(40)
     expected = raw(source)
@@ -79,7 +79,7 @@ def test_threads_end_wherever_an_interruption_came(interrupted):
         more = interrupted_at(line, (lambda s=staging, b=buffers: s.use(b)) if interrupted == "use" else staging.close)
         staging.close()
         staging.use(buffers)  # all of them work, whoever is left of those before
-        source, region = torch.arange(256, dtype=torch.uint8), HostRegion(PAGE_BYTES, device, lock=False)
+        source, region = torch.arange(256, dtype=torch.uint8), HostRegion.make(PAGE_BYTES, device, lock=False)
         with device.copying(Direction.OUT):
             for _ in range(16):
                 staging.write(source, region, 0)

@@ -72,7 +72,7 @@ from megastow.report import KindReport
 from megastow.staging import StagedArrival, Staging
 from megastow.state import ORDER_OF_USE, Inventory, Residency, StateKind
 from megastow.storages import StorageRecord, _some, find_storages, storage_id
-from megastow.tiers import HostMemory, Region
+from megastow.tiers import HostMemory
 from megastow.transport import HostSlice, Transport
 
 DEFAULT_BUCKET_BYTES = 512 << 20
@@ -292,8 +292,7 @@ class Engine:
             HostMemoryError: the host cannot give that much.
         """
         self._arena.check(sizes)
-        for key, nbytes in sizes.items():
-            self._arena.reserve(key, nbytes)
+        self._arena.reserve(sizes)
         return self._arena.nbytes
 
     def offload(
@@ -587,10 +586,7 @@ class Engine:
         unit = self._arena.unit_bytes
         sizes = host_sizes(records, keep_grads, unit)
         offsets = dict.fromkeys(sizes, 0)
-        regions: dict[RegionKey, Region] = {}
-        for key, nbytes in sizes.items():
-            with clock.running(key[0]):
-                regions[key] = self._arena.reserve(key, nbytes)
+        regions = self._arena.reserve(sizes, lambda key: clock.running(key.kind))
         for kind in kinds:
             with clock.running(kind):
                 # In an order which is the same on all ranks for what they share; see `gather`.
@@ -764,7 +760,7 @@ class Engine:
             nbytes = sum(align_up(each, self._arena.unit_bytes) for each in kept)
             with clock.running(kind):
                 self._arena.check({key: nbytes})
-                region = self._arena.reserve(key, nbytes)
+                region = self._arena.reserve({key: nbytes})[key]
             offset = 0
             with self._device.copying(Direction.OUT), clock.copying(kind, self._device):
                 for parked, share, size in zip(entries, shares, kept, strict=True):

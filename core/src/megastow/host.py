@@ -2,7 +2,8 @@
 
 torch's own page-locked blocks are rounded up to a power of two and locked page by page as they are first touched. Here
 a region is anonymous memory of exactly the pages needed, advised to use huge pages, touched by several threads that run
-on the device's NUMA node, and then page-locked in pieces. It lives as long as its manager and serves every cycle.
+on the device's NUMA node, and then page-locked in pieces, while the next region is being touched. It lives as long as
+its manager and serves every cycle.
 
 Where a caller wants it so, or there is no room, a region is not page-locked, or is a file: see `tiers` and `disk`.
 """
@@ -17,8 +18,8 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -58,17 +59,16 @@ class HostRegion(Region):
         bytes: uint8 tensor of shape [nbytes] over the memory.
     """
 
-    def __init__(self, nbytes: int, device: Device, piece_bytes: int = PIECE_BYTES, *, lock: bool = True) -> None:
-        """Map, touch and page-lock; takes as long as the kernel needs for that many pages.
+    def __init__(self, nbytes: int, device: Device, piece_bytes: int = PIECE_BYTES) -> None:
+        """Map it, which takes no time and no memory; see `make`.
 
         Args:
             nbytes: the bytes wanted.
             device: the accelerator that is to reach them.
             piece_bytes: the most that is page-locked at once.
-            lock: page-lock now; otherwise `lock` does, or nobody.
 
         Raises:
-            HostMemoryError: the memory could not be mapped or page-locked; nothing is left behind.
+            HostMemoryError: the memory could not be mapped; nothing is left behind.
         """
         self.nbytes = align_up(nbytes, machine.PAGE_BYTES)
         self._piece_bytes = align_up(piece_bytes, machine.PAGE_BYTES)
@@ -93,13 +93,30 @@ class HostRegion(Region):
         # Nobody unmaps: the tensor holds the mapping, and the kernel gets it back with the last view. Closing the
         # mapping by hand would succeed under a living view, and the next use of that view would crash.
         self._finalizer = weakref.finalize(self, _unlock, device, self._locked, os.getpid())
+
+    @classmethod
+    def make(cls, nbytes: int, device: Device, piece_bytes: int = PIECE_BYTES, *, lock: bool = True) -> HostRegion:
+        """Map, touch and page-lock; takes as long as the kernel needs for that many pages.
+
+        Args:
+            nbytes: the bytes wanted.
+            device: the accelerator that is to reach them.
+            piece_bytes: the most that is page-locked at once.
+            lock: page-lock now; otherwise `lock` does, or nobody.
+
+        Raises:
+            HostMemoryError: the memory could not be mapped or page-locked; nothing is left behind.
+        """
+        region = cls(nbytes, device, piece_bytes)
         try:
-            _touch(self.bytes, device.numa_node())
-            if lock:
-                self.lock()
+            with _touching([region], device.numa_node()) as wait_for:
+                wait_for(region)
+                if lock:
+                    region.lock()
         except BaseException:
-            self.close()
+            region.close()
             raise
+        return region
 
     def lock(self) -> None:
         """Page-lock all of it, so that its tier is `PINNED`.
@@ -260,28 +277,28 @@ class HostArena:
             self._tiers.update(placement.tiers)
             self._reasons.update(placement.reasons)
 
-    def reserve(self, key: Hashable, nbytes: int) -> Region:
-        """The region of `key`, with room for exactly `nbytes` (whole pages).
+    def reserve(
+        self,
+        sizes: Mapping[Any, int],
+        making: Callable[[Any], contextlib.AbstractContextManager[object]] = lambda key: contextlib.nullcontext(),
+    ) -> dict[Any, Region]:
+        """A region for each key, with room for exactly so many bytes (whole pages).
 
-        The content of a region that has to be replaced is lost: call it only while nothing is kept under the key.
+        The content of a region that has to be replaced is lost: call it only while nothing is kept under these keys.
+
+        Args:
+            sizes: the bytes of each, the one that is needed soonest first.
+            making: entered while the region of a key is waited for.
 
         Raises:
-            HostMemoryError: the machine cannot give that much. What the key held before is gone, other keys are not.
+            HostMemoryError: the machine cannot give that much. What had to be replaced is gone, other regions are not.
             InvalidArgumentError: the disk folder cannot be used.
         """
         with self._lock:
-            region = self._regions.get(key)
-            fits = region is not None and region.nbytes == align_up(nbytes, machine.PAGE_BYTES)
-            if region is not None and fits and not region.is_lent:
-                if region.tier is Tier.PINNED:
-                    self._reasons.pop(key, None)  # it was to be demoted, and need not be
-                return region
-            if region is not None:
-                self._device.confirm()  # an offload may have begun to copy to it, before it knew better
-                del self._regions[key]
-                region.close()
-            region = self._regions[key] = self._make(key, nbytes)
-            return region
+            new = {key: nbytes for key, nbytes in sizes.items() if not self._has(key, nbytes)}
+            if new:
+                self._make(new, making)
+            return {key: self._regions[key] for key in sizes}
 
     def is_ready(self, region: Region) -> bool:
         """Whether a region is one of ours that may be written to now, if nothing is kept in it."""
@@ -314,23 +331,60 @@ class HostArena:
                 self._buffers.close()
                 self._buffers = None
 
-    def _make(self, key: Hashable, nbytes: int) -> Region:
-        tier = self._tiers.get(key, Tier.PINNED if self._host_memory == "auto" else Tier(self._host_memory))
-        if tier is Tier.DISK:
-            self._make_buffers()
-            _refuse(self._lacks_on_disk(nbytes))
-            return self._folder.create(nbytes)
-        check_host_memory(nbytes)
-        region = HostRegion(nbytes, self._device, lock=False)
+    def _tier(self, key: Hashable) -> Tier:
+        """Where a new region goes."""
+        return self._tiers.get(key, Tier.PINNED if self._host_memory == "auto" else Tier(self._host_memory))
+
+    def _has(self, key: Hashable, nbytes: int) -> bool:
+        """Whether there is a region for a key that can be used as it is."""
+        region = self._regions.get(key)
+        if region is None or region.nbytes != align_up(nbytes, machine.PAGE_BYTES) or region.is_lent:
+            return False
+        if region.tier is Tier.PINNED:
+            self._reasons.pop(key, None)  # it was to be demoted, and need not be
+        return True
+
+    def _drop(self, key: Hashable) -> None:
+        """Give back what a key has, if anything."""
+        if key in self._regions:
+            self._device.confirm()  # an offload may have begun to copy to it, before it knew better
+            self._regions.pop(key).close()
+
+    def _make(self, new: Mapping[Any, int], making: Callable[[Any], contextlib.AbstractContextManager[object]]) -> None:
+        """Make regions in the place of those that keys have, if any; one is page-locked while the next is touched."""
+        for key in new:
+            self._drop(key)
+        sizes = {key: nbytes for key, nbytes in new.items() if self._tier(key) is not Tier.DISK}
+        check_host_memory(sum(sizes.values()))
+        in_memory: dict[Any, HostRegion] = {}
         try:
-            if tier is Tier.PINNED:
-                self._lock_pages(key, region)
-            if region.tier is Tier.PAGEABLE:
-                self._make_buffers()
+            for key, nbytes in sizes.items():
+                in_memory[key] = HostRegion(nbytes, self._device)
+            with _touching(list(in_memory.values()), self._device.numa_node()) as wait_for:
+                for key, nbytes in new.items():
+                    with making(key):
+                        if key in in_memory:
+                            wait_for(in_memory[key])
+                            self._finish(key, in_memory[key])
+                            self._regions[key] = in_memory.pop(key)
+                        else:
+                            self._regions[key] = self._make_file(nbytes)
         except BaseException:
-            region.close()
+            for region in in_memory.values():
+                region.close()
             raise
-        return region
+
+    def _make_file(self, nbytes: int) -> Region:
+        self._make_buffers()
+        _refuse(self._lacks_on_disk(nbytes))
+        return self._folder.create(nbytes)
+
+    def _finish(self, key: Hashable, region: HostRegion) -> None:
+        """Make of memory that was touched what its tier asks for."""
+        if self._tier(key) is Tier.PINNED:
+            self._lock_pages(key, region)
+        if region.tier is Tier.PAGEABLE:
+            self._make_buffers()
 
     def _lock_pages(self, key: Hashable, region: HostRegion) -> None:
         """Page-lock a region; with "auto" it stays as it is where the driver refuses."""
@@ -345,7 +399,7 @@ class HostArena:
     def _make_buffers(self) -> None:
         """Give the staging its memory, page-locked unless the driver refuses even that little."""
         if self._buffers is None:
-            buffers = HostRegion(self._staging.nbytes, self._device, lock=False)
+            buffers = HostRegion.make(self._staging.nbytes, self._device, lock=False)
             try:
                 buffers.lock()
             except HostMemoryError as error:
@@ -417,38 +471,56 @@ def _unlock(device: Device, locked: list[int], pid: int) -> None:
         locked.pop()
 
 
-def _touch(memory: torch.Tensor, numa_node: int | None) -> None:
-    """Make the kernel find the pages now, with several threads on the CPUs of `numa_node`."""
-    address, nbytes = memory.data_ptr(), memory.nbytes
+@contextlib.contextmanager
+def _touching(regions: Sequence[HostRegion], numa_node: int | None) -> Iterator[Callable[[HostRegion], None]]:
+    """Make the kernel find the pages of regions, one region after the other, beside the block.
+
+    With several threads on the CPUs of `numa_node`. All of it is there when the block has ended well.
+
+    Yields:
+        What waits for one of the regions, and raises `HostMemoryError` if the kernel has no pages left.
+    """
+    nbytes = sum(region.nbytes for region in regions)
     allowed = machine.usable_cpus()
     near = machine.numa_cpus(numa_node) & allowed if numa_node is not None else set()
     cpus = near or allowed
     workers = max(1, min(16, len(cpus) // machine.local_ranks(), -(-nbytes // _TOUCH_BYTES)))
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def touch(start: int) -> None:
+    def touch(memory: torch.Tensor, start: int) -> None:
         length = min(_TOUCH_BYTES, memory.nbytes - start)  # `memory`, so that it stays mapped while a thread writes
-        where = ctypes.c_void_p(address + start)
-        if libc.madvise(where, ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
+        address = memory.data_ptr() + start
+        if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
             if ctypes.get_errno() == errno.ENOMEM:
                 raise HostMemoryError(
                     f"the kernel has no pages left for {format_bytes(nbytes)} of host memory; nothing was moved. "
                     "Leave more memory to this process, or offload fewer kinds"
                 )
-            ctypes.memset(address + start, 0, length)  # an old kernel, or a signal: write instead
+            ctypes.memset(address, 0, length)  # an old kernel, or a signal: write instead
 
     def begin() -> None:
         threads.enter()
         if near:
             os.sched_setaffinity(0, near)  # of this thread only
 
-    starts = range(0, nbytes, _TOUCH_BYTES)
+    parts = [(region, start) for region in regions for start in range(0, region.nbytes, _TOUCH_BYTES)]
+    touched: dict[int, list[Future[None]]] = {id(region): [] for region in regions}
+
+    def wait_for(region: HostRegion) -> None:
+        for future in touched[id(region)]:
+            future.result()
+
     with ThreadPoolExecutor(workers, "megastow-touch", begin) as pool:
         try:
-            touched = [pool.submit(touch, start) for start in starts]
+            for region, start in parts:
+                touched[id(region)].append(pool.submit(touch, region.bytes, start))
         except RuntimeError:  # the interpreter is ending, and starts no thread any more
-            touched = []
-            for start in starts:
-                touch(start)
-    for future in touched:
-        future.result()
+            for region, start in parts:
+                touch(region.bytes, start)
+        try:
+            yield wait_for
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    for region in regions:
+        wait_for(region)

@@ -38,7 +38,7 @@ def first_touch(wanted: int) -> Bound:
     limits = machine.host_limits()
     nbytes = max(machine.PAGE_BYTES, min(wanted, int(_SHARE_OF_HOST * limits.available_bytes / limits.local_ranks)))
     start = time.perf_counter()
-    HostRegion(nbytes, CpuDevice(torch.device("cpu"))).close()
+    HostRegion.make(nbytes, CpuDevice(torch.device("cpu"))).close()
     return Bound("first touch of host memory", nbytes, Spread((time.perf_counter() - start,)))
 
 
@@ -129,7 +129,7 @@ def lock_bounds(clock: Clock, device: Device) -> Mapping[str, Bound]:
         torch.empty(_LOCK_BYTES, dtype=torch.uint8, pin_memory=True)
 
     def our_way() -> None:
-        regions.append(HostRegion(_LOCK_BYTES, device))
+        regions.append(HostRegion.make(_LOCK_BYTES, device))
 
     regions: list[HostRegion] = []
     torch_seconds: list[float] = []

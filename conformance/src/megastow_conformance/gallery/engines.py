@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,11 +152,10 @@ class LeaksAHostBuffer(HostArena):
     Stands for a cache whose keys are never found again.
     """
 
-    def reserve(self, key: Hashable, nbytes: int) -> Region:
-        region = self._regions.pop(key, None)
-        if region is not None:
-            self._regions[object()] = region
-        return super().reserve(key, nbytes)
+    def reserve(self, sizes: Mapping[Any, int], *details: Any) -> dict[Any, Region]:
+        for key in self._regions.keys() & sizes.keys():
+            self._regions[object()] = self._regions.pop(key)
+        return super().reserve(sizes, *details)
 
 
 @breaks("residue")
