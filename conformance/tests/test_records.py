@@ -186,5 +186,7 @@ def test_a_report_says_of_which_commit_it_is(tmp_path, monkeypatch):
     subprocess.run([*git, "commit", "-qm", "one"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     assert find_revision(file) == head[:12]
+    (tmp_path / "report.py").write_text("changed")
+    assert find_revision(file) == f"{head[:12]}-dirty"
     monkeypatch.setenv("PATH", "")
     assert find_revision(file) is None  # git cannot be found
