@@ -236,12 +236,14 @@ class Guard:
     def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
         """Take away what blocks methods of an owner, but for some; others that need it keep it."""
         attributes, standing = self._blocked[owner_id]
+        hold = self._hold
         for method, blocked in standing.items():
-            if method in staying or self._hold not in blocked.needs:
+            needs = blocked.needs
+            if method in staying or hold not in needs:
                 continue
-            if len(blocked.needs) > 1 or attributes.get(method) is not blocked:  # or somebody has put something there
+            if len(needs) > 1 or attributes.get(method) is not blocked:  # or somebody has put something there
                 self._spare.pop(owner_id, None)
-                blocked.forget(self._hold)
+                blocked.forget(hold)
             elif blocked.before is _MISSING:
                 del attributes[method]
             else:

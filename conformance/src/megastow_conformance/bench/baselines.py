@@ -164,9 +164,7 @@ def _memory_saver(session: Session, *, retained: bool) -> Iterator[Figure]:
     saver: Any = importlib.import_module("torch_memory_saver").torch_memory_saver
     if retained and not hasattr(saver, "retain_cpu_backup"):
         raise NotAvailable("this version of it cannot keep its host memory")
-    with contextlib.suppress(
-        AssertionError, AttributeError
-    ):  # it can be chosen once only; versions differ in how they say so
+    with contextlib.suppress(AssertionError, AttributeError):  # can be chosen once; releases say so differently
         saver.hook_mode = "torch"
     if retained:
         saver.retain_cpu_backup = True
