@@ -107,6 +107,23 @@ ManyTensors.__init__ = broken
 
 BROKEN_ON_RANK_1 = "import os" + BROKEN.replace("if smallest", "if os.environ.get('RANK') == '1' and smallest")
 
+# When the others have what this rank then has not: what a later row would measure anew.
+BROKEN_AT_THE_END_ON_RANK_1 = """
+import os
+from megastow_conformance.bench import baselines
+
+forget, left = baselines.forget_page_locked, [os.environ.get("RANK") == "1"]
+
+
+def broken():
+    forget()
+    if any(left) and left.pop():
+        raise ArithmeticError("meddled with")
+
+
+baselines.forget_page_locked = broken
+"""
+
 # As the time limit of a rank does it.
 ENDED = "import os" + BROKEN.replace('raise ArithmeticError("meddled with")', "os._exit(3)")
 
@@ -262,6 +279,16 @@ def test_a_row_that_raises_on_one_rank_fails_on_all_and_the_next_is_measured(run
         assert statuses == {"blocked": "measured", "small": "failed", "overlap": "measured"}
     assert outcome["complete"]
     assert outcome["failed"] == ["small"]
+
+
+@pytest.mark.slow
+def test_ranks_stay_in_step_where_one_has_what_another_failed_to_get(run_megastow):
+    rows = "--rows=cold,page-locked"
+    result, outcome = run_megastow("bench", *QUICK, rows, "--ranks=2", meddle=BROKEN_AT_THE_END_ON_RANK_1)
+    assert result.returncode == 3, result.stdout + result.stderr
+    for rank in (0, 1):
+        statuses = {row_id: row["status"] for row_id, row in rows_of(outcome, rank).items()}
+        assert statuses == {"cold": "failed", "page-locked": "measured"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Host memory: exact size, pieces, reuse, and all of it given back."""
 
+import ctypes
+import errno
 import gc
 import time
 import weakref
@@ -8,7 +10,7 @@ import pytest
 import torch
 from core_toys import run_python
 
-from megastow import faults, machine
+from megastow import faults, host, machine
 from megastow.device import CpuDevice
 from megastow.errors import HostMemoryError
 from megastow.host import HostArena, HostRegion, align_up, check_host_memory
@@ -150,6 +152,56 @@ def test_of_regions_that_are_made_together_those_stay_that_were_ready():
     assert sorted(device.locked.values()) == [PAGE]
     arena.close()
     assert not device.locked
+
+
+class _NoPagesLeft:
+    """libc on a machine that has no pages left after some calls."""
+
+    def __init__(self, *_, **__):
+        self.libc = _CDLL(None, use_errno=True)
+        self.left = 3
+
+    def madvise(self, *arguments):
+        self.left -= 1
+        if self.left >= 0:
+            return self.libc.madvise(*arguments)
+        ctypes.set_errno(errno.ENOMEM)
+        return -1
+
+
+_CDLL = ctypes.CDLL
+
+
+def test_a_machine_without_pages_gets_its_memory_back_at_once(monkeypatch):
+    part = host._TOUCH_BYTES
+    arena = HostArena(Locks())
+    before = machine.resident_bytes()
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(host.ctypes, "CDLL", _NoPagesLeft)
+            with pytest.raises(HostMemoryError, match="no pages left"):
+                arena.reserve({"a": 2 * part, "b": 4 * part})
+        held = arena.nbytes  # the first, if its parts came first
+        assert machine.resident_bytes() < before + held + part // 2
+    finally:
+        gc.enable()
+    assert [region.nbytes for region in arena.reserve({"a": 2 * part, "b": 4 * part}).values()] == [2 * part, 4 * part]
+    arena.close()
+
+
+def test_memory_is_touched_where_no_thread_can_be_started(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    arena = HostArena(Locks())
+    before = machine.resident_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(host.ThreadPoolExecutor, "submit", refuse)
+        regions = arena.reserve({"a": 32 << 20, "b": 32 << 20})
+    assert machine.resident_bytes() > before + (60 << 20)
+    assert all(region.tier is Tier.PINNED for region in regions.values())
+    arena.close()
 
 
 def test_only_what_cannot_be_locked_is_kept_in_other_memory():

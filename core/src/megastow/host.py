@@ -19,7 +19,8 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -301,14 +302,13 @@ class HostArena:
             return {key: self._regions[key] for key in sizes}
 
     def is_ready(self, region: Region) -> bool:
-        """Whether a region is one of ours that may be written to now, if nothing is kept in it."""
-        with self._lock:
-            return region in self._regions.values() and not region.is_lent
+        """Whether a region is one of ours that may be written to now, if nothing is kept in it. Waits for nobody."""
+        return region in tuple(self._regions.values()) and not region.is_lent
 
     def demoted(self) -> Mapping[Hashable, tuple[Tier, str]]:
-        """The tier of each key that is not where it would be if there were room, and why."""
-        with self._lock:
-            return {key: (self._regions[key].tier, why) for key, why in self._reasons.items() if key in self._regions}
+        """The tier of each key that is not where it would be if there were room, and why. Waits for nobody."""
+        regions = dict(self._regions)
+        return {key: (regions[key].tier, why) for key, why in dict(self._reasons).items() if key in regions}
 
     @property
     def nbytes(self) -> int:
@@ -355,7 +355,8 @@ class HostArena:
         for key in new:
             self._drop(key)
         sizes = {key: nbytes for key, nbytes in new.items() if self._tier(key) is not Tier.DISK}
-        check_host_memory(sum(sizes.values()))
+        if sizes:
+            check_host_memory(sum(sizes.values()))
         in_memory: dict[Any, HostRegion] = {}
         try:
             for key, nbytes in sizes.items():
@@ -487,37 +488,42 @@ def _touching(regions: Sequence[HostRegion], numa_node: int | None) -> Iterator[
     workers = max(1, min(16, len(cpus) // machine.local_ranks(), -(-nbytes // _TOUCH_BYTES)))
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def touch(memory: torch.Tensor, start: int) -> None:
+    def touch(memory: torch.Tensor, start: int) -> bool:
+        """Whether there were pages; an error would hold the memory that is to be given back."""
         length = min(_TOUCH_BYTES, memory.nbytes - start)  # `memory`, so that it stays mapped while a thread writes
         address = memory.data_ptr() + start
         if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
             if ctypes.get_errno() == errno.ENOMEM:
-                raise HostMemoryError(
-                    f"the kernel has no pages left for {format_bytes(nbytes)} of host memory; nothing was moved. "
-                    "Leave more memory to this process, or offload fewer kinds"
-                )
+                return False
             ctypes.memset(address, 0, length)  # an old kernel, or a signal: write instead
+        return True
 
     def begin() -> None:
         threads.enter()
         if near:
-            os.sched_setaffinity(0, near)  # of this thread only
+            with contextlib.suppress(OSError):  # the CPUs may be others by now
+                os.sched_setaffinity(0, near)  # of this thread only
 
     parts = [(region, start) for region in regions for start in range(0, region.nbytes, _TOUCH_BYTES)]
-    touched: dict[int, list[Future[None]]] = {id(region): [] for region in regions}
+    touched: dict[int, list[Callable[[], bool]]] = {id(region): [] for region in regions}
 
     def wait_for(region: HostRegion) -> None:
-        for future in touched[id(region)]:
-            future.result()
+        if not all(there() for there in touched[id(region)]):
+            raise HostMemoryError(
+                f"the kernel has no pages left for {format_bytes(nbytes)} of host memory; nothing was moved. "
+                "Leave more memory to this process, or offload fewer kinds"
+            )
 
     with ThreadPoolExecutor(workers, "megastow-touch", begin) as pool:
         try:
-            for region, start in parts:
-                touched[id(region)].append(pool.submit(touch, region.bytes, start))
-        except RuntimeError:  # the interpreter is ending, and starts no thread any more
-            for region, start in parts:
-                touch(region.bytes, start)
-        try:
+            try:
+                for region, start in parts:
+                    touched[id(region)].append(pool.submit(touch, region.bytes, start).result)
+            except RuntimeError:  # the interpreter is ending, and starts no thread any more
+                for region in regions:
+                    touched[id(region)] = [
+                        partial(touch, region.bytes, start) for start in range(0, region.nbytes, _TOUCH_BYTES)
+                    ]
             yield wait_for
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -61,7 +61,7 @@ class Meeting:
             keys = self._next_keys()
             self._failed_on = self._line.ask(lambda store: self._come(store, keys), _MOST_SECONDS + _GRACE_SECONDS)
         if self._failed_on:
-            raise RankError(f"it failed on another rank: {', '.join(map(str, self._failed_on))}")
+            raise self._error()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -73,13 +73,20 @@ class Meeting:
         try:
             yield
             self.meet()
-        except Exception:
-            if self._line is not None and not self._failed_on:
+        except RankError:
+            raise
+        except Exception as error:
+            if self._failed_on:  # what came behind is no reason
+                raise self._error() from error
+            if self._line is not None:
                 mine = self._next_keys()[self._rank]
                 self._line.ask(lambda store: store.set(mine, _FAILED), _GRACE_SECONDS)
             raise
         finally:
             self._failed_on = []
+
+    def _error(self) -> RankError:
+        return RankError(f"it failed on another rank: {', '.join(map(str, self._failed_on))}")
 
     def _next_keys(self) -> list[str]:
         """Where each rank writes in the next meeting."""

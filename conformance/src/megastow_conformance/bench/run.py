@@ -160,9 +160,13 @@ class _Run:
         notes, differences, num_compared = session.take_findings()
         failed = session.any_rank(attempt.status is Status.FAILED)
         if failed and attempt.status is not Status.FAILED:
-            attempt = _Attempt(Status.FAILED, reason="it failed on another rank")
+            attempt = _Attempt(
+                Status.FAILED, reason="; ".join(filter(None, ["it failed on another rank", attempt.reason]))
+            )
         if failed or session.any_rank(bool(differences)):
             self._let_go()
+        if failed:
+            session.forget()
         result = RowResult(
             id=row.id,
             title=row.title,

@@ -194,6 +194,11 @@ class Session:
             living.close()
         self.device.release_cached()
 
+    def forget(self) -> None:
+        """Lets go of what later rows would use again: where a row has failed, some ranks may have it and others not."""
+        self.page_locked = ()
+        self._trained = None
+
     @contextlib.contextmanager
     def trainer(
         self, *, steps: int = STEPS, region: contextlib.AbstractContextManager[object] | None = None
