@@ -6,7 +6,6 @@ Nothing here asserts a speed.
 import contextlib
 import dataclasses
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -408,15 +407,29 @@ def test_a_row_is_one_function(monkeypatch):
     assert row.measure is new
 
 
+class Clock:
+    """Time that passes where somebody sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 class Released:
     """A handle of a move that lasts 0.4 s, and releases a byte at each of some moments."""
 
-    def __init__(self, *moments):
+    def __init__(self, clock, *moments):
+        self.clock = clock
         self.moments = moments
-        self.start = time.perf_counter()
+        self.start = clock.now
 
     def seconds(self):
-        return time.perf_counter() - self.start
+        return self.clock.now - self.start
 
     def done(self):
         return self.seconds() >= 0.4
@@ -429,10 +442,20 @@ class Released:
         return None
 
 
-def test_what_is_released_at_the_end_is_not_released_early():
-    assert rows._released_at(0.75, Released(0.0, 0.1, 0.39)) == 2
-    assert rows._released_at(0.75, Released(0.39, 0.39, 0.39)) == 0
-    assert rows._released_at(0.75, Released()) == 0
+@pytest.mark.parametrize(
+    ("moments", "held", "released"),
+    [((0.0, 0.1, 0.39), 0.0, 2), ((0.39, 0.39, 0.39), 0.0, 0), ((), 0.0, 0), ((0.1, 0.29), 0.4, 1), ((0.31,), 0.0, 0)],
+)
+def test_what_is_released_at_the_end_is_not_released_early(monkeypatch, moments, held, released):
+    """Three quarters of the time from the call on, of which it holds its caller for a part."""
+    clock = Clock()
+    monkeypatch.setattr(rows, "time", clock)
+
+    def offload():
+        clock.sleep(held)
+        return Released(clock, *moments)
+
+    assert rows._released_at(0.75, offload) == released
 
 
 def test_a_copy_finds_what_is_not_the_same():
