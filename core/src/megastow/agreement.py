@@ -18,8 +18,9 @@ The residencies of the ranks may then differ until the call, or its opposite, is
 
 Of a round there are two keys, the decision and how many have come, and one for each vote and each note. When all have
 come to a later round, nobody looks at them any more: each rank deletes its own while it waits in the one after that,
-and the first to come to it deletes the two. So a vote takes a rank five requests, and the last to come one for all
-votes: the process that serves the store answers some 50,000 a second, and a job may have a thousand ranks.
+and the first to come to it deletes the two. So a vote takes a rank five requests, and the last to come some more,
+however many there are: the process that serves the store answers some 50,000 a second, and a job may have a thousand
+ranks.
 """
 
 from __future__ import annotations

@@ -488,9 +488,10 @@ def _touching(regions: Sequence[HostRegion], numa_node: int | None) -> Iterator[
     workers = max(1, min(16, len(cpus) // machine.local_ranks(), -(-nbytes // _TOUCH_BYTES)))
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def touch(memory: torch.Tensor, start: int) -> bool:
+    def touch(region: HostRegion, start: int) -> bool:
         """Whether there were pages; an error would hold the memory that is to be given back."""
-        length = min(_TOUCH_BYTES, memory.nbytes - start)  # `memory`, so that it stays mapped while a thread writes
+        memory = region.bytes  # so that it stays mapped while a thread writes
+        length = min(_TOUCH_BYTES, memory.nbytes - start)
         address = memory.data_ptr() + start
         if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
             if ctypes.get_errno() == errno.ENOMEM:
@@ -504,8 +505,11 @@ def _touching(regions: Sequence[HostRegion], numa_node: int | None) -> Iterator[
             with contextlib.suppress(OSError):  # the CPUs may be others by now
                 os.sched_setaffinity(0, near)  # of this thread only
 
-    parts = [(region, start) for region in regions for start in range(0, region.nbytes, _TOUCH_BYTES)]
-    touched: dict[int, list[Callable[[], bool]]] = {id(region): [] for region in regions}
+    touched: Mapping[int, Sequence[Callable[[], bool]]]
+    parts = {
+        id(region): [partial(touch, region, start) for start in range(0, region.nbytes, _TOUCH_BYTES)]
+        for region in regions
+    }
 
     def wait_for(region: HostRegion) -> None:
         if not all(there() for there in touched[id(region)]):
@@ -517,13 +521,9 @@ def _touching(regions: Sequence[HostRegion], numa_node: int | None) -> Iterator[
     with ThreadPoolExecutor(workers, "megastow-touch", begin) as pool:
         try:
             try:
-                for region, start in parts:
-                    touched[id(region)].append(pool.submit(touch, region.bytes, start).result)
+                touched = {key: [pool.submit(part).result for part in each] for key, each in parts.items()}
             except RuntimeError:  # the interpreter is ending, and starts no thread any more
-                for region in regions:
-                    touched[id(region)] = [
-                        partial(touch, region.bytes, start) for start in range(0, region.nbytes, _TOUCH_BYTES)
-                    ]
+                touched = parts
             yield wait_for
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
