@@ -277,15 +277,18 @@ def test_an_owner_with_two_tables_is_blocked_for_each_from_the_first_moment(monk
     guard.update({StateKind.WEIGHTS}, calls(*tables))
     guard.update({StateKind.MAIN_WEIGHTS}, calls(*tables))
     guard.update(frozenset(), calls(*tables))
-    block = Guard._block
 
-    def blocking(self, owner, blocks):
-        block(self, owner, blocks)
-        with pytest.raises(OffloadedError):
-            owner.look()
-        seen.append(owner)
+    def watched(method):
+        def blocking(self, *where):
+            method(self, *where)
+            with pytest.raises(OffloadedError):
+                part.look()
+            seen.append(part)
 
-    monkeypatch.setattr(Guard, "_block", blocking)
+        return blocking
+
+    monkeypatch.setattr(Guard, "_block", watched(Guard._block))
+    monkeypatch.setattr(Guard, "_stand_at", watched(Guard._stand_at))
     guard.update({StateKind.WEIGHTS}, calls(*tables))
     assert seen == [part, part]
     guard.update({StateKind.MAIN_WEIGHTS}, calls(*tables))
@@ -295,6 +298,51 @@ def test_an_owner_with_two_tables_is_blocked_for_each_from_the_first_moment(monk
         part.look()
     guard.update(frozenset(), calls(tables[0]))
     assert vars(part) == {}
+
+
+def test_an_owner_with_two_tables_of_other_methods_is_free_of_both_afterwards():
+    part, guard = Part(), Guard()
+    tables = [call_table(((StateKind.WEIGHTS,), method)) for method in ("look", "use")]
+    for _ in range(2):
+        guard.update({StateKind.WEIGHTS}, lambda: [GuardedCalls(part, table) for table in tables])
+        for call in (part.look, part.use):
+            with pytest.raises(OffloadedError):
+                call()
+        guard.update(frozenset(), lambda: ())
+        assert vars(part) == {}
+
+
+def test_a_trainer_that_has_changed_between_two_moves_is_blocked_as_it_is_now():
+    """Another class of an instance that is still there, and other kinds that a method needs."""
+
+    class Wrapped(Part):
+        def see(self):
+            return "seen"
+
+    part, guard = Part(), Guard()
+    before = call_table(((StateKind.WEIGHTS,), "look see"))
+    after = call_table(((StateKind.WEIGHTS,), "see"), ((StateKind.MAIN_WEIGHTS,), "look"))
+
+    def refused(table, *away):
+        guard.update(set(away), lambda: [GuardedCalls(part, table)])
+        calls = []
+        for method in ("look", "see"):
+            try:
+                getattr(part, method, str)()
+            except OffloadedError:
+                calls.append(method)
+        guard.update(frozenset(), lambda: ())
+        assert vars(part) == {}
+        return calls
+
+    assert refused(before, StateKind.WEIGHTS) == ["look"]
+    part.__class__ = Wrapped
+    assert refused(before, StateKind.WEIGHTS) == ["look", "see"]
+    assert refused(after, StateKind.WEIGHTS) == ["see"]
+    part.__class__ = Part
+    assert refused(after, StateKind.WEIGHTS) == []
+    assert refused(after, StateKind.MAIN_WEIGHTS) == ["look"]
+    assert refused(before, StateKind.WEIGHTS) == ["look"]
 
 
 def test_what_a_trainer_drops_between_two_moves_is_gone():

@@ -62,6 +62,19 @@ def _walk(path: str, module: torch.nn.Module, found: NamedModules, seen: set[int
                 _walk(f"{path}.{name}" if path else name, child, found, seen)
 
 
+def every_module(model: Sequence[torch.nn.Module]) -> Sequence[torch.nn.Module]:
+    """All modules of all chunks, each once, without their paths, which take as long again to make."""
+    found = {id(chunk): chunk for chunk in model}
+    modules = list(found.values())
+    for module in modules:  # which grows
+        if module._modules:
+            for child in tuple(module._modules.values()):
+                if child is not None and id(child) not in found:
+                    found[id(child)] = child
+                    modules.append(child)
+    return modules
+
+
 def find_device(modules: Sequence[torch.nn.Module]) -> torch.device:
     """The one device that holds all parameters.
 

@@ -18,10 +18,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
@@ -120,10 +121,11 @@ class Guard:
     def __init__(self) -> None:
         self._gate = _Gate()
         self._hold = _Hold(self._gate)
-        # By identity of an owner: its attributes, and what stands among them where methods were; replaced, not changed.
-        self._blocked: dict[int, tuple[dict[str, Any], Mapping[str, Blocked]]] = {}
-        # What has stood there for this guard alone, and will again if the owner is still the same.
-        self._spare: dict[int, _Spare] = {}
+        # By identity of an owner: its attributes; what stands among them where methods were, which is replaced and not
+        # changed; and the post, where that is what belongs there.
+        self._blocked: dict[int, tuple[dict[str, Any], Mapping[str, Blocked], _Post | None]] = {}
+        # Where it stood the last time that state went from a trainer which had all: mostly it will stand there again.
+        self._formation = _EMPTY
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._unhook = weakref.finalize(self, _remove, self._hooks)
@@ -160,22 +162,24 @@ class Guard:
         before = list(self._blocked)
         self._is_settled = False
         self._gate.away.update(away)
-        candidates: dict[tuple[type, int], _Candidates] = {}
+        formation = self._formation if self._formation.is_for(needed, away) else _Formation.of(needed, away)
+        if needed and not before:
+            self._formation = formation
         blocked_now: dict[int, _Blocks] = {}  # by identity of the owner
-        for owner, calls_of_it in needed:
-            key = (type(owner), id(calls_of_it))
-            if key not in candidates:
-                candidates[key] = _candidates(type(owner), calls_of_it, away)
-            blocks = candidates[key].on(owner)
-            if id(owner) in blocked_now:
-                blocks = _union(blocks, blocked_now[id(owner)])
-            self._block(owner, blocks)
+        for (owner, table), post in zip(needed, formation.posts, strict=True):
+            attributes = vars(owner)
+            candidates = post.candidates
+            if candidates.are_certain and id(owner) not in self._blocked and attributes.keys().isdisjoint(table):
+                blocks = candidates.certain  # as it mostly is
+                self._stand_at(post, owner, attributes)
+            else:
+                blocks = candidates.on(owner)
+                if id(owner) in blocked_now:
+                    blocks = _union(blocks, blocked_now[id(owner)])
+                self._block(owner, blocks)
             blocked_now[id(owner)] = blocks
         for owner_id in before:
             self._unblock(owner_id, blocked_now.get(owner_id, {}))
-        if away:
-            for owner_id in self._spare.keys() - blocked_now.keys():  # no longer a part of the trainer
-                del self._spare[owner_id]
         self._gate.away.intersection_update(away)
         self._is_settled = True
 
@@ -204,23 +208,22 @@ class Guard:
         with _REPLACING:
             for owner_id in list(self._blocked):
                 self._unblock(owner_id, {})
-        self._spare.clear()
+        self._formation = _EMPTY
         self._gate.away.clear()
         _remove(self._hooks)
 
+    def _stand_at(self, post: _Post, owner: object, attributes: dict[str, Any]) -> None:
+        """Block an instance that has nothing of its own, nor of another guard, where its methods are."""
+        standing = post.standing or post.fill(owner, self._hold)
+        self._blocked[id(owner)] = attributes, standing, post
+        attributes.update(standing)
+
     def _block(self, owner: object, blocks: _Blocks) -> None:
+        """Block any instance, in front of and together with what is there."""
         attributes = vars(owner)
-        if id(owner) not in self._blocked and attributes.keys().isdisjoint(blocks):  # as it mostly is
-            spare = self._spare.get(id(owner))
-            if spare is None or spare.owner() is not owner or spare.blocks != blocks:
-                made = {method: Blocked(owner, method, _MISSING, {self._hold: blocks[method]}) for method in blocks}
-                spare = self._spare[id(owner)] = _Spare(_reference(owner), blocks, made)
-            self._blocked[id(owner)] = attributes, spare.standing
-            attributes.update(spare.standing)
-            return
-        _, before = self._blocked.get(id(owner), (attributes, {}))
+        _, before, _ = self._blocked.get(id(owner), (attributes, {}, None))
         standing = {**before}
-        self._blocked[id(owner)] = attributes, standing
+        self._blocked[id(owner)] = attributes, standing, None
         for method, kinds in blocks.items():
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked or blocked.is_of_another(owner):
@@ -229,49 +232,108 @@ class Guard:
                 blocked = Blocked(owner, method, blocked.before, {self._hold: kinds})
             standing[method] = blocked  # first of all, so that whatever interrupts this can be made up for
             if blocked.needs.get(self._hold) != kinds:
-                self._spare.pop(id(owner), None)  # which may have it, and says what it needed
-                blocked.needs = {**blocked.needs, self._hold: kinds}
+                blocked.need({**blocked.needs, self._hold: kinds})
             attributes[method] = blocked
 
     def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
         """Take away what blocks methods of an owner, but for some; others that need it keep it."""
-        attributes, standing = self._blocked[owner_id]
+        attributes, standing, post = self._blocked[owner_id]
         hold = self._hold
+        if not staying and post is not None and post.standing is standing and attributes.items() >= standing.items():
+            for method in standing:  # all of it as it was put up, as it mostly is
+                del attributes[method]
+            del self._blocked[owner_id]
+            return
         for method, blocked in standing.items():
             needs = blocked.needs
             if method in staying or hold not in needs:
                 continue
             if len(needs) > 1 or attributes.get(method) is not blocked:  # or somebody has put something there
-                self._spare.pop(owner_id, None)
-                blocked.forget(hold)
+                blocked.need({each: kinds for each, kinds in needs.items() if each is not hold})
             elif blocked.before is _MISSING:
                 del attributes[method]
             else:
                 attributes[method] = blocked.before
         if staying:
-            self._blocked[owner_id] = attributes, {m: standing[m] for m in standing if m in staying}
+            self._blocked[owner_id] = attributes, {m: standing[m] for m in standing if m in staying}, None
         else:
             del self._blocked[owner_id]
 
 
-class _Spare(NamedTuple):
-    """What stands, when state is away, where methods of an instance are.
+class _Post:
+    """Where a guard stands: at one owner of calls, with what it puts up there again and again.
 
     Attributes:
-        owner: to get at the instance.
-        blocks: what it blocks.
-        standing: by method.
+        candidates: what is to be blocked there.
+        standing: by method, what stands there for this guard alone; nothing if it has not stood there yet, or if
+            another guard has come to need some of it.
     """
 
-    owner: Callable[[], object]
-    blocks: _Blocks
-    standing: Mapping[str, Blocked]
+    __slots__ = ("candidates", "standing")
+
+    def __init__(self, candidates: _Candidates) -> None:
+        self.candidates = candidates
+        self.standing: Mapping[str, Blocked] = {}
+
+    def fill(self, owner: object, hold: _Hold) -> Mapping[str, Blocked]:
+        """Make what is to stand there, at an instance that has only the methods of its class."""
+        blocks = self.candidates.certain
+        self.standing = {m: Blocked(owner, m, _MISSING, {hold: kinds}, self) for m, kinds in blocks.items()}
+        return self.standing
+
+
+class _Formation(NamedTuple):
+    """All posts of a guard, with what has to be the same for it to take them again; holds no owner.
+
+    Attributes:
+        owners: to get at the instances, in the order of the calls.
+        classes: of each.
+        tables: of each.
+        candidates: what is to be blocked on instances of a class, for each class and table that there is.
+        posts: of each.
+    """
+
+    owners: Sequence[Callable[[], object]]
+    classes: Sequence[type]
+    tables: Sequence[CallTable]
+    candidates: Sequence[tuple[type, CallTable, _Candidates]]
+    posts: Sequence[_Post]
+
+    @classmethod
+    def of(cls, calls: Sequence[GuardedCalls], away: Set[StateKind]) -> _Formation:
+        """Posts at which nothing has stood yet."""
+        tables = [table for _, table in calls]
+        classes = [type(owner) for owner, _ in calls]
+        keys = [*zip(classes, map(id, tables), strict=True)]
+        candidates = {
+            key: (key[0], table, _candidates(key[0], table, away))
+            for key, table in dict(zip(keys, tables, strict=True)).items()
+        }
+        posts = [_Post(candidates[key][2]) for key in keys]
+        return cls(_references([owner for owner, _ in calls]), classes, tables, [*candidates.values()], posts)
+
+    def is_for(self, calls: Sequence[GuardedCalls], away: Set[StateKind]) -> bool:
+        """Whether it is the formation of these calls, and their classes have the methods that they had."""
+        owners = [owner for owner, _ in calls]
+        return (
+            _are_same(_references(owners), self.owners)
+            and _are_same([*map(type, owners)], self.classes)
+            and _are_same([table for _, table in calls], self.tables)
+            and all(_candidates(owner, table, away) == found for owner, table, found in self.candidates)
+        )
+
+
+def _are_same(these: Sequence[object], those: Sequence[object]) -> bool:
+    """Whether these are those, one by one."""
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
     while hooks:
         hooks.pop().remove()
 
+
+_EMPTY = _Formation((), (), (), (), ())
 
 _REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
@@ -287,22 +349,20 @@ class _Candidates(NamedTuple):
     Attributes:
         certain: methods that every instance has.
         possible: those that an instance may have.
-        may_delegate: whether an instance may find one through a `__getattr__` of the class.
+        are_certain: whether an instance has the others only as attributes of its own, and not through a `__getattr__`.
     """
 
     certain: _Blocks
     possible: _Blocks
-    may_delegate: bool
+    are_certain: bool
 
     def on(self, owner: object) -> _Blocks:
         """What is to be blocked on one of them."""
         attributes = vars(owner)
-        if not self.may_delegate and self.possible.keys().isdisjoint(attributes.keys()):
-            return self.certain
         found = {
             method: kinds
             for method, kinds in self.possible.items()
-            if attributes.get(method) is not None or (self.may_delegate and hasattr(owner, method))
+            if attributes.get(method) is not None or (not self.are_certain and hasattr(owner, method))
         }
         return {**self.certain, **found}
 
@@ -315,7 +375,7 @@ def _candidates(owner: type, calls: CallTable, away: Set[StateKind]) -> _Candida
     return _Candidates(
         certain,
         {method: kinds for method, kinds in blocks.items() if method not in certain},
-        may_delegate=lookup is not None and lookup is not torch.nn.Module.__getattr__,  # that one finds no methods
+        are_certain=lookup is None or lookup is torch.nn.Module.__getattr__,  # which finds no methods
     )
 
 
@@ -328,6 +388,14 @@ _OF_FUNCTIONS = ("__module__", "__name__", "__qualname__", "__doc__")
 """Attributes of a function that what stands in its place has as well."""
 
 _NOTHING: frozenset[StateKind] = frozenset()
+
+
+def _references(owners: Sequence[object]) -> Sequence[Callable[[], object]]:
+    """How to get at instances without holding them: the same objects as long as these are held, as a rule."""
+    try:
+        return [*map(weakref.ref, owners)]
+    except TypeError:
+        return [*map(_reference, owners)]
 
 
 def _reference(owner: object) -> Callable[[], object]:
@@ -349,11 +417,19 @@ class Blocked:
             threads may be calling this.
     """
 
-    __slots__ = ("_method", "_owner_ref", "before", "needs")
+    __slots__ = ("_method", "_owner_ref", "_post", "before", "needs")
 
-    def __init__(self, owner: object, method: str, before: object, needs: Mapping[_Hold, frozenset[StateKind]]) -> None:
+    def __init__(
+        self,
+        owner: object,
+        method: str,
+        before: object,
+        needs: Mapping[_Hold, frozenset[StateKind]],
+        post: _Post | None = None,
+    ) -> None:
         self._owner_ref = _reference(owner)
         self._method = method
+        self._post = post
         self.before = before
         self.needs = needs
 
@@ -368,9 +444,11 @@ class Blocked:
         """Whether it was made for another instance than this one, to which somebody has given it."""
         return self._owner_ref() is not owner
 
-    def forget(self, hold: _Hold) -> None:
-        """Let go of it for one guard."""
-        self.needs = {each: kinds for each, kinds in self.needs.items() if each is not hold}
+    def need(self, needs: Mapping[_Hold, frozenset[StateKind]]) -> None:
+        """Replace what it needs: it is no longer what it was put up for, at a post of some guard."""
+        if self._post is not None:
+            self._post.standing = {}
+        self.needs = needs
 
     def missing(self) -> Mapping[_Hold, frozenset[StateKind]]:
         """What is away of what it needs, by the guard that says so."""

@@ -99,7 +99,7 @@ class MegatronBinding:
 
     def guarded_calls(self) -> Iterable[GuardedCalls]:
         """Everything that reads or writes state: modules, DDP chunks, their buffers, optimizers."""
-        yield from module_calls(module for _, module in collect.named_modules(self._model))
+        yield from module_calls(collect.every_module(self._model))
         for chunk in self._model:
             yield GuardedCalls(chunk, self.chunk_calls)
         yield from self.buffer_calls()

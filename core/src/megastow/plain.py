@@ -128,7 +128,7 @@ class PlainBinding:
 
     def guarded_calls(self) -> Iterable[GuardedCalls]:
         """Every module's calls, and everything the optimizer does."""
-        yield from module_calls(module for _, module in collect.named_modules(self._model))
+        yield from module_calls(collect.every_module(self._model))
         if self._optimizer is not None:
             yield GuardedCalls(self._optimizer, TORCH_OPTIMIZER_CALLS)
 
