@@ -11,7 +11,7 @@ import torch
 from core_toys import KINDS, Trainer, assert_same, raw, run_python, snapshot
 
 from megastow import OffloadedError, create_memory_manager
-from megastow.guard import Guard, GuardedCalls, call_table
+from megastow.guard import Blocked, Guard, GuardedCalls, call_table
 from megastow.state import StateKind
 
 TOKENS = torch.zeros(1, dtype=torch.long)
@@ -174,6 +174,14 @@ class Part:
 _PART_CALLS = call_table(((StateKind.WEIGHTS, StateKind.GRAD_BUFFERS), "use"), ((StateKind.WEIGHTS,), "look"))
 
 
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def listing(*parts):
     return lambda: [GuardedCalls(part, _PART_CALLS) for part in parts]
 
@@ -300,6 +308,41 @@ def test_an_owner_with_two_tables_is_blocked_for_each_from_the_first_moment(monk
     assert vars(part) == {}
 
 
+def test_an_owner_with_two_tables_says_what_is_missing_by_both():
+    part, guard = Part(), Guard()
+    tables = (
+        call_table(((StateKind.MAIN_WEIGHTS,), "look")),
+        call_table(((StateKind.WEIGHTS,), "look use")),
+    )
+    for order in (tables, tables[::-1]):
+        guard.update(set(KINDS), lambda order=order: [GuardedCalls(part, table) for table in order])
+        with pytest.raises(OffloadedError, match="look of Part needs weights, main_weights"):
+            part.look()
+        guard.update(frozenset(), lambda: ())
+
+
+def test_kinds_that_go_one_after_the_other_are_blocked_with_what_has_changed_meanwhile():
+    """Each step adds to what stands; what somebody puts on an instance in between is blocked as well."""
+    table = call_table(((StateKind.WEIGHTS,), "look other"), ((StateKind.GRAD_BUFFERS,), "use"))
+    for between in (lambda part: None, lambda part: vars(part).update(other=lambda: "other")):
+        part, guard = Part(), Guard()
+        guard.update({StateKind.WEIGHTS}, lambda part=part: [GuardedCalls(part, table)])
+        assert part.use() == "used"
+        between(part)
+        own = {name: value for name, value in vars(part).items() if name == "other"}
+        for away in ({StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS}, {StateKind.WEIGHTS, StateKind.GRAD_BUFFERS}):
+            guard.update(away, lambda part=part: [GuardedCalls(part, table)])
+            for method in ("look", *own):
+                with pytest.raises(OffloadedError, match=f"{method} of Part needs weights, which is"):
+                    getattr(part, method)()
+        with pytest.raises(OffloadedError, match="use of Part needs grad_buffers"):
+            part.use()
+        guard.update({StateKind.GRAD_BUFFERS}, lambda part=part: [GuardedCalls(part, table)])
+        assert part.look() == "seen"
+        guard.update(frozenset(), lambda: ())
+        assert vars(part) == own
+
+
 def test_an_owner_with_two_tables_of_other_methods_is_free_of_both_afterwards():
     part, guard = Part(), Guard()
     tables = [call_table(((StateKind.WEIGHTS,), method)) for method in ("look", "use")]
@@ -343,6 +386,91 @@ def test_a_trainer_that_has_changed_between_two_moves_is_blocked_as_it_is_now():
     assert refused(after, StateKind.WEIGHTS) == []
     assert refused(after, StateKind.MAIN_WEIGHTS) == ["look"]
     assert refused(before, StateKind.WEIGHTS) == ["look"]
+
+
+class Proxy:
+    """Around a method, as tracing puts one: it says that it is equal to that."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self):
+        return self.inner(), "traced"
+
+    def __eq__(self, other):
+        return self.inner == other
+
+    __hash__ = None
+
+
+class Undecided(Proxy):
+    def __eq__(self, other):
+        raise RuntimeError("equal in which sense?")
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize("around", [Proxy, Undecided])
+def test_what_is_put_around_a_method_stays_whatever_it_is_equal_to(around):
+    part, guard = Part(), Guard()
+    guard.update({StateKind.WEIGHTS}, listing(part))
+    part.look = mine = around(part.look)
+    with pytest.raises(OffloadedError):
+        part.look()
+    guard.update(frozenset(), listing(part))
+    assert vars(part)["look"] is mine
+    assert part.look() == ("seen", "traced")
+
+
+class OnlyAttributes:
+    """Cannot be referred to weakly."""
+
+    __slots__ = ("__dict__",)
+
+    def use(self):
+        return "used"
+
+
+def test_an_owner_that_cannot_be_referred_to_weakly_is_blocked_and_not_kept(no_collector):
+    guard = Guard()
+    owner = OnlyAttributes()
+    for _ in range(3):
+        owner.payload = payload = Part()
+        gone = weakref.ref(payload)
+        guard.update({StateKind.WEIGHTS}, listing(Part(), owner))
+        with pytest.raises(OffloadedError):
+            owner.use()
+        guard.update(frozenset(), listing(owner))
+        assert vars(owner) == {"payload": payload}
+        owner, payload = OnlyAttributes(), None
+        assert gone() is None
+
+
+def test_the_class_of_what_a_trainer_drops_is_gone_with_it(no_collector):
+    """`torch.nn.utils.parametrize` makes one for each module, and what that is made with knows the module."""
+    guard, payload = Guard(), Part()
+    part = type("Parametrized", (Part,), {"payload": payload})()
+    gone = weakref.ref(payload)
+    guard.update({StateKind.WEIGHTS}, listing(part))
+    guard.update(frozenset(), listing(part))
+    del part, payload
+    gc.collect()  # a class is a cycle by itself
+    assert gone() is None
+
+
+def test_what_stood_at_a_trainer_that_has_changed_is_gone_without_a_collector(no_collector):
+    def number():
+        return sum(type(each) is Blocked for each in gc.get_objects())
+
+    before, guard = number(), Guard()
+    for _ in range(3):
+        parts = Part(), Part()
+        for kind in (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS):
+            guard.update({kind}, listing(*parts))
+            guard.update(frozenset(), listing(*parts))
+        assert number() == before + 2 * (2 + 1)  # of each part, what is blocked for the one and for the other kind
+    guard.close()
+    assert number() == before
 
 
 def test_what_a_trainer_drops_between_two_moves_is_gone():

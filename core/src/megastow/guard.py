@@ -121,11 +121,9 @@ class Guard:
     def __init__(self) -> None:
         self._gate = _Gate()
         self._hold = _Hold(self._gate)
-        # By identity of an owner: its attributes; what stands among them where methods were, which is replaced and not
-        # changed; and the post, where that is what belongs there.
-        self._blocked: dict[int, tuple[dict[str, Any], Mapping[str, Blocked], _Post | None]] = {}
-        # Where it stood the last time that state went from a trainer which had all: mostly it will stand there again.
-        self._formation = _EMPTY
+        self._blocked: dict[int, _Held] = {}  # by identity of an owner
+        # Where it stood the last time that these kinds were away: mostly it will stand there again.
+        self._formations: dict[Set[StateKind], _Formation] = {}
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._unhook = weakref.finalize(self, _remove, self._hooks)
@@ -162,24 +160,26 @@ class Guard:
         before = list(self._blocked)
         self._is_settled = False
         self._gate.away.update(away)
-        formation = self._formation if self._formation.is_for(needed, away) else _Formation.of(needed, away)
-        if needed and not before:
-            self._formation = formation
+        formation = self._formation(needed, frozenset(away))
         blocked_now: dict[int, _Blocks] = {}  # by identity of the owner
         for (owner, table), post in zip(needed, formation.posts, strict=True):
-            attributes = vars(owner)
-            candidates = post.candidates
-            if candidates.are_certain and id(owner) not in self._blocked and attributes.keys().isdisjoint(table):
-                blocks = candidates.certain  # as it mostly is
-                self._stand_at(post, owner, attributes)
+            attributes, candidates = vars(owner), post.candidates
+            held, others = self._blocked.get(id(owner)), blocked_now.get(id(owner))
+            is_plain = attributes.keys().isdisjoint(table) if held is None else held.is_part_of(candidates, table)
+            if is_plain and candidates.are_certain and others is None:  # as it mostly is
+                blocks = candidates.certain
+                if blocks:
+                    self._stand_at(post, owner, attributes)
             else:
                 blocks = candidates.on(owner)
-                if id(owner) in blocked_now:
-                    blocks = _union(blocks, blocked_now[id(owner)])
+                if others is not None:
+                    blocks = _union(blocks, others)
                 self._block(owner, blocks)
             blocked_now[id(owner)] = blocks
         for owner_id in before:
-            self._unblock(owner_id, blocked_now.get(owner_id, {}))
+            staying = blocked_now.get(owner_id, {})
+            if staying.keys() != self._blocked[owner_id].standing.keys():
+                self._unblock(owner_id, staying)
         self._gate.away.intersection_update(away)
         self._is_settled = True
 
@@ -208,22 +208,33 @@ class Guard:
         with _REPLACING:
             for owner_id in list(self._blocked):
                 self._unblock(owner_id, {})
-        self._formation = _EMPTY
+        self._formations.clear()
         self._gate.away.clear()
         _remove(self._hooks)
 
+    def _formation(self, calls: Sequence[GuardedCalls], away: frozenset[StateKind]) -> _Formation:
+        found = self._formations.get(away)
+        if found is None or not found.is_for(calls, away):
+            found = _Formation.of(calls, away)
+            if calls:
+                self._formations[away] = found
+        return found
+
     def _stand_at(self, post: _Post, owner: object, attributes: dict[str, Any]) -> None:
-        """Block an instance that has nothing of its own, nor of another guard, where its methods are."""
+        """Block an instance that has nothing of its own, nor of another guard, where its methods are.
+
+        What this guard has put there before asks what is away when it is called, and may be replaced.
+        """
         standing = post.standing or post.fill(owner, self._hold)
-        self._blocked[id(owner)] = attributes, standing, post
+        self._blocked[id(owner)] = _Held(attributes, standing, post)
         attributes.update(standing)
 
     def _block(self, owner: object, blocks: _Blocks) -> None:
         """Block any instance, in front of and together with what is there."""
         attributes = vars(owner)
-        _, before, _ = self._blocked.get(id(owner), (attributes, {}, None))
-        standing = {**before}
-        self._blocked[id(owner)] = attributes, standing, None
+        held = self._blocked.get(id(owner))
+        standing = {} if held is None else {**held.standing}
+        self._blocked[id(owner)] = _Held(attributes, standing)
         for method, kinds in blocks.items():
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked or blocked.is_of_another(owner):
@@ -237,10 +248,10 @@ class Guard:
 
     def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
         """Take away what blocks methods of an owner, but for some; others that need it keep it."""
-        attributes, standing, post = self._blocked[owner_id]
-        hold = self._hold
-        if not staying and post is not None and post.standing is standing and attributes.items() >= standing.items():
-            for method in standing:  # all of it as it was put up, as it mostly is
+        held, hold = self._blocked[owner_id], self._hold
+        attributes, standing, _ = held
+        if not staying and held.is_as_made():  # as it mostly is
+            for method in standing:
                 del attributes[method]
             del self._blocked[owner_id]
             return
@@ -255,7 +266,7 @@ class Guard:
             else:
                 attributes[method] = blocked.before
         if staying:
-            self._blocked[owner_id] = attributes, {m: standing[m] for m in standing if m in staying}, None
+            self._blocked[owner_id] = _Held(attributes, {m: standing[m] for m in standing if m in staying})
         else:
             del self._blocked[owner_id]
 
@@ -265,61 +276,95 @@ class _Post:
 
     Attributes:
         candidates: what is to be blocked there.
-        standing: by method, what stands there for this guard alone; nothing if it has not stood there yet, or if
-            another guard has come to need some of it.
+        standing: by method, what stands there; nothing if it is yet to be made, or no longer what it was made as.
     """
 
-    __slots__ = ("candidates", "standing")
+    __slots__ = ("__weakref__", "candidates", "standing")
 
     def __init__(self, candidates: _Candidates) -> None:
         self.candidates = candidates
         self.standing: Mapping[str, Blocked] = {}
 
     def fill(self, owner: object, hold: _Hold) -> Mapping[str, Blocked]:
-        """Make what is to stand there, at an instance that has only the methods of its class."""
-        blocks = self.candidates.certain
-        self.standing = {m: Blocked(owner, m, _MISSING, {hold: kinds}, self) for m, kinds in blocks.items()}
-        return self.standing
+        """Make what is to stand there, at an instance that has only the methods of its class.
+
+        It is kept if that does not keep the instance.
+        """
+        post = weakref.ref(self)  # no cycle: some trainers collect garbage seldom
+        made = {m: Blocked(owner, m, _MISSING, {hold: kinds}, post) for m, kinds in self.candidates.certain.items()}
+        if _weak_reference(owner) is not None:
+            self.standing = made
+        return made
+
+
+class _Held(NamedTuple):
+    """What a guard blocks at an owner. Replaced, and not changed.
+
+    Attributes:
+        attributes: the owner's.
+        standing: by method, what stands among them where methods were.
+        post: where that is kept; None if it is another guard's as well, or in front of attributes of the owner's own.
+    """
+
+    attributes: dict[str, Any]
+    standing: Mapping[str, Blocked]
+    post: _Post | None = None
+
+    def is_as_made(self) -> bool:
+        """Whether it is at a post of this guard, alone, and nobody has put something else there."""
+        if self.post is None or self.post.standing is not self.standing:
+            return False
+        # By identity: a proxy may be equal to what it was put around.
+        return all(map(operator.is_, map(self.attributes.get, self.standing), self.standing.values()))
+
+    def is_part_of(self, candidates: _Candidates, table: CallTable) -> bool:
+        """Whether it is as made, a part of what is to stand there, and all that the owner has of a table."""
+        return (
+            self.standing.keys() <= candidates.certain.keys()
+            and self.is_as_made()
+            and self.attributes.keys() & table.keys() == self.standing.keys()
+        )
 
 
 class _Formation(NamedTuple):
-    """All posts of a guard, with what has to be the same for it to take them again; holds no owner.
+    """All posts of a guard, with what has to be the same for it to take them again. Keeps no owner, and no class.
 
     Attributes:
-        owners: to get at the instances, in the order of the calls.
+        owners: in the order of the calls; None for those that cannot be referred to weakly, at whose posts nothing is
+            kept.
         classes: of each.
         tables: of each.
         candidates: what is to be blocked on instances of a class, for each class and table that there is.
         posts: of each.
     """
 
-    owners: Sequence[Callable[[], object]]
-    classes: Sequence[type]
+    owners: Sequence[weakref.ref[object] | None]
+    classes: Sequence[weakref.ref[type]]
     tables: Sequence[CallTable]
-    candidates: Sequence[tuple[type, CallTable, _Candidates]]
+    candidates: Sequence[tuple[weakref.ref[type], CallTable, _Candidates]]
     posts: Sequence[_Post]
 
     @classmethod
     def of(cls, calls: Sequence[GuardedCalls], away: Set[StateKind]) -> _Formation:
         """Posts at which nothing has stood yet."""
+        owners = [owner for owner, _ in calls]
         tables = [table for _, table in calls]
-        classes = [type(owner) for owner, _ in calls]
-        keys = [*zip(classes, map(id, tables), strict=True)]
-        candidates = {
-            key: (key[0], table, _candidates(key[0], table, away))
+        keys = [(type(owner), id(table)) for owner, table in calls]
+        found = {
+            key: (weakref.ref(key[0]), table, _candidates(key[0], table, away))
             for key, table in dict(zip(keys, tables, strict=True)).items()
         }
-        posts = [_Post(candidates[key][2]) for key in keys]
-        return cls(_references([owner for owner, _ in calls]), classes, tables, [*candidates.values()], posts)
+        posts = [_Post(found[key][2]) for key in keys]
+        return cls(_weak_references(owners), _classes(owners), tables, [*found.values()], posts)
 
     def is_for(self, calls: Sequence[GuardedCalls], away: Set[StateKind]) -> bool:
         """Whether it is the formation of these calls, and their classes have the methods that they had."""
         owners = [owner for owner, _ in calls]
         return (
-            _are_same(_references(owners), self.owners)
-            and _are_same([*map(type, owners)], self.classes)
+            _are_same(_weak_references(owners), self.owners)
+            and _are_same(_classes(owners), self.classes)
             and _are_same([table for _, table in calls], self.tables)
-            and all(_candidates(owner, table, away) == found for owner, table, found in self.candidates)
+            and all(_candidates(cast("type", ref()), table, away) == found for ref, table, found in self.candidates)
         )
 
 
@@ -328,12 +373,29 @@ def _are_same(these: Sequence[object], those: Sequence[object]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
+def _classes(owners: Iterable[object]) -> Sequence[weakref.ref[type]]:
+    return [*map(weakref.ref, map(type, owners))]
+
+
+def _weak_references(owners: Sequence[object]) -> Sequence[weakref.ref[object] | None]:
+    """The same objects for the same owners, for as long as these live; None for what has none."""
+    try:
+        return [*map(weakref.ref, owners)]
+    except TypeError:
+        return [*map(_weak_reference, owners)]
+
+
+def _weak_reference(owner: object) -> weakref.ref[object] | None:
+    try:
+        return weakref.ref(owner)
+    except TypeError:
+        return None
+
+
 def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
     while hooks:
         hooks.pop().remove()
 
-
-_EMPTY = _Formation((), (), (), (), ())
 
 _REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""
@@ -390,20 +452,9 @@ _OF_FUNCTIONS = ("__module__", "__name__", "__qualname__", "__doc__")
 _NOTHING: frozenset[StateKind] = frozenset()
 
 
-def _references(owners: Sequence[object]) -> Sequence[Callable[[], object]]:
-    """How to get at instances without holding them: the same objects as long as these are held, as a rule."""
-    try:
-        return [*map(weakref.ref, owners)]
-    except TypeError:
-        return [*map(_reference, owners)]
-
-
 def _reference(owner: object) -> Callable[[], object]:
     """How to get at an instance without holding it; one that cannot be referred to weakly is held."""
-    try:
-        return weakref.ref(owner)
-    except TypeError:
-        return lambda: owner
+    return _weak_reference(owner) or (lambda: owner)
 
 
 class Blocked:
@@ -425,7 +476,7 @@ class Blocked:
         method: str,
         before: object,
         needs: Mapping[_Hold, frozenset[StateKind]],
-        post: _Post | None = None,
+        post: weakref.ref[_Post] | None = None,
     ) -> None:
         self._owner_ref = _reference(owner)
         self._method = method
@@ -445,9 +496,10 @@ class Blocked:
         return self._owner_ref() is not owner
 
     def need(self, needs: Mapping[_Hold, frozenset[StateKind]]) -> None:
-        """Replace what it needs: it is no longer what it was put up for, at a post of some guard."""
-        if self._post is not None:
-            self._post.standing = {}
+        """Replace what it needs: it is no longer what it was made as, and the post of some guard is told."""
+        post = None if self._post is None else self._post()
+        if post is not None:
+            post.standing = {}
         self.needs = needs
 
     def missing(self) -> Mapping[_Hold, frozenset[StateKind]]:
