@@ -576,7 +576,7 @@ def test_the_trainer_s_own_objects_may_be_frozen(trainer, manager, monkeypatch, 
     manager.offload(kind)
     here = storages(moved(trainer.tensors([k for k in KINDS if k != kind])))
     blocks = [Block(s.data_ptr(), s.nbytes()) for s in live_storages(trainer) if s._cdata in here and s.nbytes()]
-    monkeypatch.setattr(manager._device, "segments", lambda: [Segment(1 << 20, False, False, tuple(blocks))])
+    monkeypatch.setattr(manager._device, "segments", lambda: [Segment(1 << 20, False, tuple(blocks))])
     gc.freeze()
     residue = manager.explain_residue()
     assert not residue.unseen
@@ -788,12 +788,12 @@ def test_segments_are_told_with_what_holds_them_open(trainer, manager, monkeypat
     mine = Block(held.data_ptr(), NBYTES + 100)
     meant = Block(weight.untyped_storage().data_ptr(), weight.untyped_storage().nbytes())
     segments = [
-        Segment(1 << 20, False, False, (mine,)),
-        Segment(2 << 20, False, False, (meant, Block(64, 512))),
-        Segment(3 << 20, True, False, (Block(4096, 8 << 10),)),
-        Segment(4 << 20, False, True, ()),
-        Segment(5 << 20, False, False, ()),
-        Segment(6 << 20, False, False, (meant,)),
+        Segment(1 << 20, False, (mine,)),
+        Segment(2 << 20, False, (meant, Block(64, 512))),
+        Segment(3 << 20, False, (Block(4096, 8 << 10),)),
+        Segment(4 << 20, True, ()),
+        Segment(5 << 20, False, ()),
+        Segment(6 << 20, False, (meant,)),
     ]
     monkeypatch.setattr(manager._device, "segments", lambda: segments)
     monkeypatch.setattr(manager._device, "blas_workspace_bytes", lambda: 8 << 10)
@@ -804,11 +804,11 @@ def test_segments_are_told_with_what_holds_them_open(trainer, manager, monkeypat
     assert [(s.nbytes >> 20, s.idle_bytes, s.is_private) for s in residue.segments] == [
         (1, (1 << 20) - NBYTES, False),
         (2, 0, False),
-        (3, 0, False),
+        (3, (3 << 20) - (8 << 10), False),
         (4, 4 << 20, True),
     ]
     assert "held (local of" in residue.segments[0].held_by[0]
-    assert residue.residue_bytes == residue.storage_bytes + 8704 + (5 << 20) - NBYTES
+    assert residue.residue_bytes == residue.storage_bytes + 512 + (8 << 20) - NBYTES
     assert any("1 of the unseen blocks" in note for note in residue.notes)
     monkeypatch.setattr(manager._device, "segments", lambda: None)
     rest = manager.explain_residue()
@@ -824,20 +824,72 @@ def test_a_snapshot_of_the_cuda_allocator_is_read(monkeypatch):
         {"size": 2048, "state": "active_awaiting_free"},
         {"size": 512, "state": "active_allocated"},
     ]
-    segment = {"address": 1000, "total_size": 4096, "segment_pool_id": (0, 0), "is_expandable": True, "blocks": blocks}
-    found = [{**segment, "device": 0}, {**segment, "device": 1, "segment_pool_id": (0, 7), "is_expandable": False}]
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: found)
+    segment = {"address": 1000, "total_size": 4096, "segment_pool_id": (0, 0), "is_expandable": False, "blocks": blocks}
+    found = [{**segment, "device": 0}, {**segment, "device": 1, "segment_pool_id": (0, 7)}]
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": found})
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     device = CudaDevice.__new__(CudaDevice)
     device.torch_device = torch.device("cuda", 1)
     handed_out = (Block(1000, 512), Block(1000 + 512 + 1024 + 2048, 512))
-    assert device.segments() == [Segment(4096, False, True, handed_out)]
+    assert device.segments() == [Segment(4096, True, handed_out)]
     assert device.blas_workspace_bytes() == 32 << 20
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     assert device.blas_workspace_bytes() == (8 << 20) + (128 << 10)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     assert device.segments() is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "page"),
+    [
+        ("small", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:64"}, 2 << 20),
+        ("large", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, 20 << 20),
+        ("large", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:64"}, 64 << 20),
+        ("large", {}, 20 << 20),
+    ],
+)
+def test_an_expandable_segment_goes_back_by_pages_as_far_as_no_block_lies_across_them(
+    monkeypatch, kind, settings, page
+):
+    half, address = page // 2, 7 * page + 4096
+    sizes = [  # of the blocks, and whether they are handed out
+        (half, True),
+        (half, False),  # the first page
+        (half, False),
+        (page, True),
+        (512, False),
+        (half - 512, True),  # the next two pages
+        (2 * page, False),  # nothing in these
+        (page, True),
+        (page, True),  # each of these on its own
+        (half, True),  # the last one is not whole
+    ]
+    blocks = [{"size": size, "state": "active_allocated" if is_out else "inactive"} for size, is_out in sizes]
+    segment = {
+        "device": 0,
+        "address": address,
+        "total_size": sum(size for size, _ in sizes),
+        "segment_type": kind,
+        "is_expandable": True,
+        "blocks": blocks,
+    }
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [segment], "allocator_settings": settings})
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    device = CudaDevice.__new__(CudaDevice)
+    device.torch_device = torch.device("cuda", 0)
+    expected = [
+        (page, [(0, half)]),
+        (2 * page, [(3 * half, page), (5 * half + 512, half - 512)]),
+        (2 * page, []),
+        (page, [(5 * page, page)]),
+        (page, [(6 * page, page)]),
+        (half, [(7 * page, half)]),
+    ]
+    assert device.segments() == [
+        Segment(nbytes, False, tuple(Block(address + start, size) for start, size in blocks))
+        for nbytes, blocks in expected
+    ]
 
 
 def test_what_the_driver_has_given_beside_the_allocator_is_told_by_moments():

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -73,17 +73,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Segment:
-    """Memory that torch's allocator has from the driver in one piece.
+    """Memory that torch's allocator has from the driver, and gives back as a whole.
 
     Attributes:
         nbytes: its size.
-        is_expandable: whether what is unused of it can go back page by page.
         is_private: whether it belongs to a pool of its own, as those of CUDA graphs.
         blocks: what of it is handed out.
     """
 
     nbytes: int
-    is_expandable: bool
     is_private: bool
     blocks: tuple[Block, ...]
 
@@ -390,15 +388,13 @@ class CudaDevice(Device):
     def segments(self) -> Sequence[Segment] | None:
         if torch.cuda.get_allocator_backend() != "native":
             return None
+        snapshot = torch.cuda.memory._snapshot()
+        large_page_bytes = _large_page_bytes(snapshot.get("allocator_settings", {}))
         return [
-            Segment(
-                segment["total_size"],
-                bool(segment.get("is_expandable")),
-                tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0),
-                tuple(_handed_out(segment)),
-            )
-            for segment in torch.cuda.memory_snapshot()
+            whole
+            for segment in snapshot["segments"]
             if segment["device"] == self.torch_device.index
+            for whole in _wholes(segment, large_page_bytes)
         ]
 
     def blas_workspace_bytes(self) -> int | None:
@@ -547,6 +543,43 @@ def _handed_out(segment: dict[str, Any]) -> Iterator[Block]:
         if block["state"] == "active_allocated":
             yield Block(address, block["size"])
         address += block["size"]
+
+
+_SMALL_PAGE_BYTES = 2 << 20
+_LARGE_PAGE_BYTES = 20 << 20
+"""What torch maps at once of an expandable segment, for blocks of up to 1 MiB and for others: `kSmallBuffer` and
+`large_segment_size` in c10/core/AllocatorConfig.h of torch 2.13; older releases have them in other files."""
+
+
+def _large_page_bytes(settings: Mapping[str, Any]) -> int:
+    """The larger of the two, for which newer releases (2.11 does) have a setting."""
+    asked = re.findall(r"large_segment_size_mb:(\d+)", str(settings.get("PYTORCH_CUDA_ALLOC_CONF", "")))
+    return int(asked[-1]) << 20 if asked else _LARGE_PAGE_BYTES
+
+
+def _wholes(segment: dict[str, Any], large_page_bytes: int) -> Iterator[Segment]:
+    """What of a segment goes back as a whole: all of it, or, of an expandable one, pages and runs that blocks join."""
+    start, nbytes = segment["address"], segment["total_size"]
+    is_private = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+    page = nbytes
+    if segment.get("is_expandable"):
+        page = _SMALL_PAGE_BYTES if segment.get("segment_type") == "small" else large_page_bytes
+    first = end = 0  # of the run, from the start of the segment
+    run: list[Block] = []
+    for block in _handed_out(segment):
+        begins = (block.address - start) // page * page
+        if begins >= end:
+            if end > first:
+                yield Segment(end - first, is_private, tuple(run))
+            if begins > end:
+                yield Segment(begins - end, is_private, ())
+            first, run = begins, []
+        run.append(block)
+        end = max(end, min(nbytes, -(-(block.address + block.nbytes - start) // page) * page))
+    if end > first:
+        yield Segment(end - first, is_private, tuple(run))
+    if nbytes > end:
+        yield Segment(nbytes - end, is_private, ())
 
 
 _C10D: Any = torch.distributed  # torch's stubs leave the back ends out

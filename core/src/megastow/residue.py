@@ -88,12 +88,12 @@ class LeftStorage:
 
 @dataclass(frozen=True)
 class OpenSegment:
-    """A segment of torch's allocator that residue lies in.
+    """A segment of torch's allocator that residue lies in; of an expandable one, pages.
 
     Attributes:
         nbytes: What the driver has given for it.
         idle_bytes: What of it nobody uses, and the driver gets back only if the rest goes; 0 if state of a kind that is
-            on the device lies there too, or where pages go back one by one (expandable segments).
+            on the device lies there too.
         is_private: Whether it belongs to the pool of a CUDA graph, or to another pool of its own.
         held_by: The residue in it.
     """
@@ -543,7 +543,7 @@ def _tally(subject: Subject, homes: Mapping[int, Home], left: Mapping[int, LeftS
             used += sum(homes[key].nbytes for key in lying) if keys else block.nbytes
             held_by += [str(left[key]) for key in lying if key in left]
         if used or (segment.is_private and not is_meant_to_be):
-            idle = 0 if is_meant_to_be or segment.is_expandable else max(0, segment.nbytes - used)
+            idle = 0 if is_meant_to_be else max(0, segment.nbytes - used)
             found.append(OpenSegment(segment.nbytes, idle, segment.is_private, tuple(held_by)))
     return _Tally(tuple(sorted(unseen_sizes, reverse=True)), tuple(found))
 
