@@ -117,12 +117,15 @@ def mapped_pages(monkeypatch):
         monkeypatch.setattr(module, name, 100)
 
 
-def test_memory_goes_back_to_the_driver_while_others_are_on_their_way(mapped_pages):
+@pytest.mark.parametrize("in_flight_bytes", [100, 1 << 20])
+def test_memory_goes_back_to_the_driver_while_others_are_on_their_way(mapped_pages, monkeypatch, in_flight_bytes):
+    """Also if all copies are queued at once."""
+    monkeypatch.setattr(engine, "IN_FLIGHT_BYTES", in_flight_bytes)
     rig = Rig(bucket_bytes=1, weights=[torch.randn(20) for _ in range(6)])
     left = []
     rig.device.release_cached = lambda: left.append(device_bytes(rig.all))
     rig.offload(W)
-    assert left == [320, 160, 0]  # two storages each
+    assert left == [320, 160, 0, 0]  # two storages each, and at the end in any case
     rig.engine.onload([W])
     left.clear()
     rig.engine.offload(rig.inventory, [W], keep_grads=False, give_back=False)

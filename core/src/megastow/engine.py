@@ -640,6 +640,16 @@ class Engine:
                 parked.storage.resize_(0)
             on_their_way: deque[tuple[Parked, StagedArrival]] = deque()
             in_flight = 0
+
+            def release_oldest() -> None:
+                nonlocal in_flight, returned
+                oldest, arrival = on_their_way.popleft()
+                self._release(oldest, arrival, clock)
+                in_flight -= oldest.nbytes
+                if returns and self.released_bytes - returned > RETURNED_BYTES:
+                    self._device.release_cached()
+                    returned = self.released_bytes
+
             with self._device.copying(Direction.OUT):
                 for parked in (p for entries in plans.values() for p in entries):
                     if parked.host is None or parked.released:
@@ -653,14 +663,9 @@ class Engine:
                         on_their_way.append((parked, self._copy_out(parked, clock)))
                     in_flight += parked.nbytes
                     while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
-                        oldest, arrival = on_their_way.popleft()
-                        self._release(oldest, arrival, clock)
-                        in_flight -= oldest.nbytes
-                        if returns and self.released_bytes - returned > RETURNED_BYTES:
-                            self._device.release_cached()
-                            returned = self.released_bytes
-                for parked, arrival in on_their_way:
-                    self._release(parked, arrival, clock)
+                        release_oldest()
+                while on_their_way:
+                    release_oldest()
             self._transport.confirm()  # the clocks stop behind the last copy
             self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
             different = self._replicas.compare(self._may_share(asked.kinds), ballot)
