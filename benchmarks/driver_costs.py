@@ -129,6 +129,7 @@ class Costs:
             blocks.append(torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cuda"))
             seconds.append(f"{(time.perf_counter() - start) * 1e3:.2f}")
         say(f"taking blocks during a copy: {', '.join(seconds)} ms")
+        torch.cuda.synchronize()  # with expandable segments, memory would go back to the driver under the copies
         del blocks, block
         settle()
 
