@@ -67,6 +67,7 @@ def diagnosis(**values):
         torch_version="2.9",
         torch_path="/somewhere/torch",
         cuda_version="12.8",
+        allocator="",
         driver=Driver("570.1", 1),
         gpus=(gpu(),),
         limits=limits(),
@@ -155,6 +156,19 @@ def test_memlock_informs_and_does_not_refuse():
 
 def test_huge_pages_switched_off_are_worth_a_note():
     assert "huge pages" in only(diagnosis(huge_pages="never")).found
+
+
+def test_small_pages_of_expandable_segments_are_worth_a_note_where_torch_can_do_better(monkeypatch):
+    small, large = "expandable_segments:True", "expandable_segments:True,large_segment_size_mb:64"
+    assert "20 MiB at a time" in only(diagnosis(torch_version="2.11.0+cu130", allocator=small)).found
+    assert diagnosis(torch_version="2.11.0+cu130", allocator=large).findings == []
+    assert diagnosis(torch_version="2.11.0+cu130", allocator="max_split_size_mb:64").findings == []
+    assert diagnosis(torch_version="2.10.1", allocator=small).findings == []
+    assert diagnosis(torch_version="2.11.0", allocator=small, gpus=(), driver=Driver(None, None)).findings == []
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", small)
+    assert examine().allocator == small
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", large)  # the newer name goes first
+    assert examine().allocator == large
 
 
 def test_missing_lanes_are_worth_a_note():

@@ -7,6 +7,7 @@ on a machine that has none of the trouble.
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import re
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 import megastow
 from megastow import machine
@@ -54,6 +56,7 @@ class Diagnosis:
         torch_version: torch's version.
         torch_path: where it is.
         cuda_version: the CUDA version that torch was built for; None for a CPU build.
+        allocator: the settings of torch's allocator; empty if there are none.
         driver: NVIDIA's driver.
         gpus: the devices that torch sees.
         limits: what the host can give.
@@ -66,6 +69,7 @@ class Diagnosis:
     torch_version: str
     torch_path: str
     cuda_version: str | None
+    allocator: str
     driver: Driver
     gpus: tuple[Gpu, ...]
     limits: HostLimits
@@ -116,6 +120,7 @@ class Diagnosis:
             [
                 ("megastow", f"{megastow.__version__}, Python {platform.python_version()} ({sys.platform})"),
                 ("torch", f"{self.torch_version}, {cuda} ({self.torch_path})"),
+                ("allocator", self.allocator or "torch's, without settings"),
                 ("driver", self.driver.version or "none"),
                 ("Megatron", _megatron_in_words(self.megatron)),
             ],
@@ -147,7 +152,12 @@ class Diagnosis:
             "conclusion": self.conclusion,
             "megastow": megastow.__version__,
             "python": platform.python_version(),
-            "torch": {"version": self.torch_version, "path": self.torch_path, "cuda": self.cuda_version},
+            "torch": {
+                "version": self.torch_version,
+                "path": self.torch_path,
+                "cuda": self.cuda_version,
+                "allocator": self.allocator,
+            },
             "driver": dataclasses.asdict(self.driver),
             "devices": [dataclasses.asdict(gpu) for gpu in self.gpus],
             "host": {
@@ -174,6 +184,7 @@ def examine(root: Path = Path("/")) -> Diagnosis:
         torch_version=torch.__version__,
         torch_path=str(Path(torch.__file__).parent),
         cuda_version=torch.version.cuda,
+        allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         driver=find_driver(root),
         gpus=tuple(find_gpus()),
         limits=machine.host_limits(root),
@@ -182,6 +193,10 @@ def examine(root: Path = Path("/")) -> Diagnosis:
         megatron=megatron,
         verdicts=tuple(judge_installation(megatron)),
     )
+
+
+_MAPS_MORE = Version("2.11")
+"""The first release of torch known to have the setting `large_segment_size_mb`; older ones refuse to start with it."""
 
 
 # --- judgements -------------------------------------------------------------------------------------------------------
@@ -230,6 +245,16 @@ def _judge_devices(diagnosis: Diagnosis) -> Iterator[Finding]:
             f"the driver sees {diagnosis.driver.num_gpus} GPUs, but torch {diagnosis.torch_version} {why}",
             "a torch that can use them",
             "Install a CUDA build of torch that fits the driver; is CUDA_VISIBLE_DEVICES empty?",
+        )
+    is_expandable = re.search(r"expandable_segments:\s*True", diagnosis.allocator)
+    may_map_more = Version(diagnosis.torch_version) >= _MAPS_MORE and "large_segment_size_mb" not in diagnosis.allocator
+    if diagnosis.gpus and is_expandable and may_map_more:
+        yield Finding(
+            False,
+            f"expandable segments that torch maps 20 MiB at a time ({diagnosis.allocator})",
+            "64 MiB or more",
+            "Add large_segment_size_mb:64 to these settings: moves of an H200 were 1 to 3 % faster with it. A block "
+            "that stays on the device then keeps as much mapped.",
         )
     for gpu in diagnosis.gpus:
         if gpu.pcie_width is not None and gpu.pcie_width_max is not None and gpu.pcie_width < gpu.pcie_width_max:
