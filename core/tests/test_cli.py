@@ -165,10 +165,14 @@ def test_small_pages_of_expandable_segments_are_worth_a_note_where_torch_can_do_
     assert diagnosis(torch_version="2.11.0+cu130", allocator="max_split_size_mb:64").findings == []
     assert diagnosis(torch_version="2.10.1", allocator=small).findings == []
     assert diagnosis(torch_version="2.11.0", allocator=small, gpus=(), driver=Driver(None, None)).findings == []
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", small)
+    for version in ("2.11.0-custom-build", "3.0"):
+        assert len(diagnosis(torch_version=version, allocator=small).findings) == 1
+    for other in ("expandable_segments:True,expandable_segments:False", f"backend:cudaMallocAsync,{small}"):
+        assert diagnosis(torch_version="2.11.0", allocator=other).findings == []
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", small)
     assert examine().allocator == small
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", large)  # the newer name goes first
-    assert examine().allocator == large
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments : True, large_segment_size_mb:64")
+    assert examine().allocator == large  # which torch takes, of the two
 
 
 def test_missing_lanes_are_worth_a_note():

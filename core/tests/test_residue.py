@@ -33,8 +33,8 @@ from megastow import (
     manager as manager_module,
 )
 from megastow.device import Block, CudaDevice, Segment
-from megastow.residue import beside_the_allocator
-from megastow.state import Workspace
+from megastow.residue import Home, Subject, _tally, beside_the_allocator
+from megastow.state import StateKind, Workspace
 
 NUMBER = 4099  # elements of what is planted; nothing else has so many
 NBYTES = 4 * NUMBER
@@ -576,7 +576,7 @@ def test_the_trainer_s_own_objects_may_be_frozen(trainer, manager, monkeypatch, 
     manager.offload(kind)
     here = storages(moved(trainer.tensors([k for k in KINDS if k != kind])))
     blocks = [Block(s.data_ptr(), s.nbytes()) for s in live_storages(trainer) if s._cdata in here and s.nbytes()]
-    monkeypatch.setattr(manager._device, "segments", lambda: [Segment(1 << 20, False, tuple(blocks))])
+    monkeypatch.setattr(manager._device, "segments", lambda: [Segment(0, 1 << 20, 1 << 20, False, tuple(blocks))])
     gc.freeze()
     residue = manager.explain_residue()
     assert not residue.unseen
@@ -788,19 +788,22 @@ def test_segments_are_told_with_what_holds_them_open(trainer, manager, monkeypat
     mine = Block(held.data_ptr(), NBYTES + 100)
     meant = Block(weight.untyped_storage().data_ptr(), weight.untyped_storage().nbytes())
     segments = [
-        Segment(1 << 20, False, (mine,)),
-        Segment(2 << 20, False, (meant, Block(64, 512))),
-        Segment(3 << 20, False, (Block(4096, 8 << 10),)),
-        Segment(4 << 20, True, ()),
-        Segment(5 << 20, False, ()),
-        Segment(6 << 20, False, (meant,)),
+        Segment(address, mib << 20, mib << 20, is_private, blocks)
+        for address, mib, is_private, blocks in (
+            (mine.address, 1, False, (mine,)),
+            (meant.address, 2, False, (meant, Block(meant.address + 64, 16))),
+            (0, 3, False, (Block(4096, 8 << 10),)),
+            (0, 4, True, ()),
+            (0, 5, False, ()),
+            (meant.address, 6, False, (meant,)),
+        )
     ]
     monkeypatch.setattr(manager._device, "segments", lambda: segments)
     monkeypatch.setattr(manager._device, "blas_workspace_bytes", lambda: 8 << 10)
     figures = MemoryFigures(1 << 20, 21 << 20, 30 << 20)
     monkeypatch.setattr(manager._device, "memory", lambda: figures)
     residue = manager.explain_residue()
-    assert residue.unseen == (8 << 10, 512)
+    assert residue.unseen == (8 << 10, 16)
     assert [(s.nbytes >> 20, s.idle_bytes, s.is_private) for s in residue.segments] == [
         (1, (1 << 20) - NBYTES, False),
         (2, 0, False),
@@ -808,7 +811,7 @@ def test_segments_are_told_with_what_holds_them_open(trainer, manager, monkeypat
         (4, 4 << 20, True),
     ]
     assert "held (local of" in residue.segments[0].held_by[0]
-    assert residue.residue_bytes == residue.storage_bytes + 512 + (8 << 20) - NBYTES
+    assert residue.residue_bytes == residue.storage_bytes + 16 + (8 << 20) - NBYTES
     assert any("1 of the unseen blocks" in note for note in residue.notes)
     monkeypatch.setattr(manager._device, "segments", lambda: None)
     rest = manager.explain_residue()
@@ -832,7 +835,7 @@ def test_a_snapshot_of_the_cuda_allocator_is_read(monkeypatch):
     device = CudaDevice.__new__(CudaDevice)
     device.torch_device = torch.device("cuda", 1)
     handed_out = (Block(1000, 512), Block(1000 + 512 + 1024 + 2048, 512))
-    assert device.segments() == [Segment(4096, True, handed_out)]
+    assert device.segments() == [Segment(1000, 4096, 4096, True, handed_out)]
     assert device.blas_workspace_bytes() == 32 << 20
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     assert device.blas_workspace_bytes() == (8 << 20) + (128 << 10)
@@ -840,56 +843,67 @@ def test_a_snapshot_of_the_cuda_allocator_is_read(monkeypatch):
     assert device.segments() is None
 
 
+SMALL, LARGE, SETTING = 2 << 20, 20 << 20, "PYTORCH_CUDA_ALLOC_CONF"
+
+
 @pytest.mark.parametrize(
-    ("kind", "settings", "page"),
+    ("kind", "last", "in_the_environment", "page"),
     [
-        ("small", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:64"}, 2 << 20),
-        ("large", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, 20 << 20),
-        ("large", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,large_segment_size_mb:64"}, 64 << 20),
-        ("large", {}, 20 << 20),
+        ("large", "expandable_segments:True", "", LARGE),
+        ("large", "expandable_segments:True,large_segment_size_mb:64", "", 64 << 20),
+        ("large", "large_segment_size_mb:32, large_segment_size_mb : 6 4", "", 64 << 20),  # so torch reads it
+        ("large", "expandable_segments:True", "large_segment_size_mb:64", 64 << 20),  # switched on later
+        ("large", "large_segment_size_mb:1", "large_segment_size_mb:+48", 48 << 20),  # torch refused the last
+        ("large", None, "", LARGE),
+        ("small", "expandable_segments:True,large_segment_size_mb:64", "", SMALL),
+        ("private", "expandable_segments:True,large_segment_size_mb:64", "", 100 << 20),
+        ("ordinary", "large_segment_size_mb:64", "", 100 << 20),
     ],
 )
-def test_an_expandable_segment_goes_back_by_pages_as_far_as_no_block_lies_across_them(
-    monkeypatch, kind, settings, page
-):
-    half, address = page // 2, 7 * page + 4096
-    sizes = [  # of the blocks, and whether they are handed out
-        (half, True),
-        (half, False),  # the first page
-        (half, False),
-        (page, True),
-        (512, False),
-        (half - 512, True),  # the next two pages
-        (2 * page, False),  # nothing in these
-        (page, True),
-        (page, True),  # each of these on its own
-        (half, True),  # the last one is not whole
-    ]
-    blocks = [{"size": size, "state": "active_allocated" if is_out else "inactive"} for size, is_out in sizes]
+def test_the_pages_of_a_segment_are_those_that_torch_maps(monkeypatch, kind, last, in_the_environment, page):
     segment = {
         "device": 0,
-        "address": address,
-        "total_size": sum(size for size, _ in sizes),
-        "segment_type": kind,
-        "is_expandable": True,
-        "blocks": blocks,
+        "address": 4096,
+        "total_size": 100 << 20,
+        "segment_type": "small" if kind == "small" else "large",
+        "segment_pool_id": (0, 7) if kind == "private" else (0, 0),
+        "is_expandable": kind != "ordinary",
+        "blocks": [],
     }
-    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [segment], "allocator_settings": settings})
+    settings = {} if last is None else {"allocator_settings": {SETTING: last}}
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv(SETTING, in_the_environment)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [segment], **settings})
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     device = CudaDevice.__new__(CudaDevice)
     device.torch_device = torch.device("cuda", 0)
-    expected = [
-        (page, [(0, half)]),
-        (2 * page, [(3 * half, page), (5 * half + 512, half - 512)]),
-        (2 * page, []),
-        (page, [(5 * page, page)]),
-        (page, [(6 * page, page)]),
-        (half, [(7 * page, half)]),
-    ]
-    assert device.segments() == [
-        Segment(nbytes, False, tuple(Block(address + start, size) for start, size in blocks))
-        for nbytes, blocks in expected
-    ]
+    assert device.segments() == [Segment(4096, 100 << 20, page, kind == "private", ())]
+
+
+def test_a_page_is_held_open_by_what_stays_and_not_by_what_goes():
+    """Gradients are about to go when a strict offload looks: they hold nothing, however many pages they lie in."""
+    page, start = 4096, 1 << 40
+    nbytes = 12 * page + 100
+    grads, tensor, weight, last = 1, 2, 3, 4
+    homes = {
+        grads: Home(start, 3 * page + 8),
+        tensor: Home(start + 3 * page + 8, page - 100),
+        weight: Home(start + 9 * page + 64, 64),
+        last: Home(start + 12 * page, 50),
+    }
+    blocks = (
+        Block(start, 3 * page + 8),
+        Block(start + 3 * page + 8, page),  # in two pages, one of which gradients are in
+        Block(start + 8 * page - 16, page + 32),  # without a tensor, in three pages, one of which the weight is in
+        Block(start + 9 * page + 64, 64),
+        Block(start + 12 * page, 64),  # in what there is of the last page
+    )
+    for page_bytes, expected in ((page, (5 * page + 100, 2 * page + 134)), (nbytes, (nbytes, 0))):
+        segment = Segment(start, nbytes, page_bytes, False, blocks)
+        device = types.SimpleNamespace(segments=lambda segment=segment: [segment])
+        tally = _tally(Subject(device, {weight: (StateKind.WEIGHTS, homes[weight])}, {grads: homes[grads]}), homes, {})
+        assert tally.unseen == (page + 32,)
+        assert [(each.nbytes, each.idle_bytes) for each in tally.segments] == [expected]
 
 
 def test_what_the_driver_has_given_beside_the_allocator_is_told_by_moments():

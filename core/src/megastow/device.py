@@ -73,15 +73,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Segment:
-    """Memory that torch's allocator has from the driver, and gives back as a whole.
+    """Memory that torch's allocator has from the driver in one piece.
 
     Attributes:
+        address: where it begins.
         nbytes: its size.
-        is_private: whether it belongs to a pool of its own, as those of CUDA graphs.
+        page_bytes: what of it can go back on its own, counted from its beginning: all of it, unless it is expandable.
+        is_private: whether it belongs to a pool of its own, as those of CUDA graphs; it goes back with that.
         blocks: what of it is handed out.
     """
 
+    address: int
     nbytes: int
+    page_bytes: int
     is_private: bool
     blocks: tuple[Block, ...]
 
@@ -391,10 +395,15 @@ class CudaDevice(Device):
         snapshot = torch.cuda.memory._snapshot()
         large_page_bytes = _large_page_bytes(snapshot.get("allocator_settings", {}))
         return [
-            whole
+            Segment(
+                segment["address"],
+                segment["total_size"],
+                _page_bytes(segment, large_page_bytes),
+                _is_private(segment),
+                tuple(_handed_out(segment)),
+            )
             for segment in snapshot["segments"]
             if segment["device"] == self.torch_device.index
-            for whole in _wholes(segment, large_page_bytes)
         ]
 
     def blas_workspace_bytes(self) -> int | None:
@@ -551,35 +560,37 @@ _LARGE_PAGE_BYTES = 20 << 20
 `large_segment_size` in c10/core/AllocatorConfig.h of torch 2.13; older releases have them in other files."""
 
 
+def allocator_settings() -> str:
+    """The settings of torch's allocator in the environment, without spaces; empty if there are none.
+
+    Of the two names the older one goes first, as in torch 2.13 where both are set.
+    """
+    return re.sub(r"\s", "", os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF", ""))
+
+
 def _large_page_bytes(settings: Mapping[str, Any]) -> int:
-    """The larger of the two, for which newer releases (2.11 does) have a setting."""
-    asked = re.findall(r"large_segment_size_mb:(\d+)", str(settings.get("PYTORCH_CUDA_ALLOC_CONF", "")))
-    return int(asked[-1]) << 20 if asked else _LARGE_PAGE_BYTES
+    """The larger page size, for which newer releases (2.11 does) have a setting.
+
+    Args:
+        settings: of a snapshot. They are the last ones given to torch, which keeps those given before.
+    """
+    last = re.sub(r"\s", "", str(settings.get("PYTORCH_CUDA_ALLOC_CONF", "")))
+    for given in (last, allocator_settings()):
+        asked = re.findall(r"large_segment_size_mb:\+?(\d+)", given)
+        if asked and int(asked[-1]) << 20 > _SMALL_PAGE_BYTES:
+            return int(asked[-1]) << 20
+    return _LARGE_PAGE_BYTES
 
 
-def _wholes(segment: dict[str, Any], large_page_bytes: int) -> Iterator[Segment]:
-    """What of a segment goes back as a whole: all of it, or, of an expandable one, pages and runs that blocks join."""
-    start, nbytes = segment["address"], segment["total_size"]
-    is_private = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
-    page = nbytes
-    if segment.get("is_expandable"):
-        page = _SMALL_PAGE_BYTES if segment.get("segment_type") == "small" else large_page_bytes
-    first = end = 0  # of the run, from the start of the segment
-    run: list[Block] = []
-    for block in _handed_out(segment):
-        begins = (block.address - start) // page * page
-        if begins >= end:
-            if end > first:
-                yield Segment(end - first, is_private, tuple(run))
-            if begins > end:
-                yield Segment(begins - end, is_private, ())
-            first, run = begins, []
-        run.append(block)
-        end = max(end, min(nbytes, -(-(block.address + block.nbytes - start) // page) * page))
-    if end > first:
-        yield Segment(end - first, is_private, tuple(run))
-    if nbytes > end:
-        yield Segment(nbytes - end, is_private, ())
+def _page_bytes(segment: dict[str, Any], large_page_bytes: int) -> int:
+    """What of a segment goes back to the driver on its own."""
+    if not segment.get("is_expandable") or _is_private(segment):
+        return int(segment["total_size"])
+    return _SMALL_PAGE_BYTES if segment.get("segment_type") == "small" else large_page_bytes
+
+
+def _is_private(segment: dict[str, Any]) -> bool:
+    return tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
 
 
 _C10D: Any = torch.distributed  # torch's stubs leave the back ends out

@@ -15,13 +15,13 @@ import dataclasses
 import gc
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from megastow.device import Device
+from megastow.device import Block, Device, Segment
 from megastow.forking import process_lock
 from megastow.referrers import MOST_SECONDS, UNSEEN, Owner, OwnerSearch, class_name
 from megastow.report import MemoryFigures, format_bytes
@@ -88,12 +88,12 @@ class LeftStorage:
 
 @dataclass(frozen=True)
 class OpenSegment:
-    """A segment of torch's allocator that residue lies in; of an expandable one, pages.
+    """A segment of torch's allocator that residue lies in; of an expandable one, the pages that it lies in.
 
     Attributes:
-        nbytes: What the driver has given for it.
-        idle_bytes: What of it nobody uses, and the driver gets back only if the rest goes; 0 if state of a kind that is
-            on the device lies there too.
+        nbytes: What the driver has given for it, or for them.
+        idle_bytes: What of it nobody uses, and the driver gets back only if the rest goes; nothing of a segment, or a
+            page, in which state of a kind lies that is on the device.
         is_private: Whether it belongs to the pool of a CUDA graph, or to another pool of its own.
         held_by: The residue in it.
     """
@@ -529,23 +529,52 @@ def _tally(subject: Subject, homes: Mapping[int, Home], left: Mapping[int, LeftS
     found: list[OpenSegment] = []
     for segment in segments:
         held_by: list[str] = []
-        used = 0
-        is_meant_to_be = False
+        spans: list[Block] = []  # of residue
+        held: set[int] = set()  # the pages that it lies in
+        meant: set[int] = set()  # those of what is meant to be here
         for block in segment.blocks:
             start = bisect.bisect_left(by_address, (block.address, 0))
             end = bisect.bisect_left(by_address, (block.address + block.nbytes, 0))
             keys = [key for _, key in by_address[start:end]]
-            is_meant_to_be |= any(key in subject.resident for key in keys)
+            if any(key in subject.resident for key in keys):
+                meant.update(_pages(segment, block))
             lying = [key for key in keys if subject.is_left(key)]
             if not keys:
                 unseen_sizes.append(block.nbytes)
                 held_by.append(f"a block of {format_bytes(block.nbytes)} without a tensor of Python")
-            used += sum(homes[key].nbytes for key in lying) if keys else block.nbytes
+            if lying or not keys:
+                held.update(_pages(segment, block))
+            spans += [Block(homes[key].address, homes[key].nbytes) for key in lying] if keys else [block]
             held_by += [str(left[key]) for key in lying if key in left]
-        if used or (segment.is_private and not is_meant_to_be):
-            idle = 0 if is_meant_to_be else max(0, segment.nbytes - used)
-            found.append(OpenSegment(segment.nbytes, idle, segment.is_private, tuple(held_by)))
+        if segment.is_private and not meant:
+            held.add(0)  # the only one
+        if held:
+            idle = sum(_page_nbytes(segment, page) for page in held - meant)
+            idle -= sum(_nbytes_within(segment, span, held - meant) for span in spans)
+            nbytes = sum(_page_nbytes(segment, page) for page in held)
+            found.append(OpenSegment(nbytes, max(0, idle), segment.is_private, tuple(held_by)))
     return _Tally(tuple(sorted(unseen_sizes, reverse=True)), tuple(found))
+
+
+def _pages(segment: Segment, block: Block) -> range:
+    """The pages of a segment that a part of it lies in, by number."""
+    start = block.address - segment.address
+    return range(start // segment.page_bytes, -(-(start + block.nbytes) // segment.page_bytes))
+
+
+def _page_nbytes(segment: Segment, page: int) -> int:
+    """The size of a page; the last one may be cut off."""
+    return min(segment.page_bytes, segment.nbytes - page * segment.page_bytes)
+
+
+def _nbytes_within(segment: Segment, span: Block, pages: Collection[int]) -> int:
+    """How much of a part of a segment lies in some of its pages."""
+    start = span.address - segment.address
+    return sum(
+        min(start + span.nbytes, (page + 1) * segment.page_bytes) - max(start, page * segment.page_bytes)
+        for page in _pages(segment, span)
+        if page in pages
+    )
 
 
 def _notes(device: Device, tally: _Tally) -> Iterator[str]:
