@@ -343,6 +343,52 @@ def test_kinds_that_go_one_after_the_other_are_blocked_with_what_has_changed_mea
         assert vars(part) == own
 
 
+def test_a_method_taken_while_kinds_go_one_after_the_other_stays_the_one_that_is_blocked():
+    """A patch that is taken back leaves nothing, and what was taken knows of guards that have come since."""
+    part, guard, other = Part(), Guard(), Guard()
+    guard.update({StateKind.WEIGHTS}, listing(part))
+    taken = part.look
+    guard.update({StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS}, listing(part))
+    part.look = lambda: "patched"
+    part.look = taken
+    guard.update(frozenset(), listing(part))
+    assert vars(part) == {}
+    guard.update({StateKind.WEIGHTS}, listing(part))
+    taken = part.look
+    guard.update({StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS}, listing(part))
+    other.update({StateKind.WEIGHTS}, listing(part))
+    guard.update({StateKind.MAIN_WEIGHTS}, listing(part))
+    with pytest.raises(OffloadedError):
+        taken()
+
+
+def test_an_owner_whose_attributes_are_replaced_between_two_kinds_keeps_its_own():
+    table = call_table(((StateKind.WEIGHTS,), "look other"))
+    part, guard = Part(), Guard()
+    guard.update({StateKind.WEIGHTS}, lambda: [GuardedCalls(part, table)])
+    own = {"look": lambda: "mine", "other": lambda: "other"}
+    part.__dict__ = {**own}
+    guard.update({StateKind.WEIGHTS, StateKind.MAIN_WEIGHTS}, lambda: [GuardedCalls(part, table)])
+    for method in own:
+        with pytest.raises(OffloadedError):
+            getattr(part, method)()
+    guard.update(frozenset(), lambda: ())
+    assert vars(part) == own
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_an_owner_at_which_nothing_is_to_be_blocked_is_not_kept(no_collector, has_own):
+    part, guard = Part(), Guard()
+    part.payload = payload = Part()
+    if has_own:
+        part.look = lambda: "mine"
+    gone = weakref.ref(payload)
+    guard.update({StateKind.OPTIMIZER_STATES}, listing(part))
+    guard.update(frozenset(), listing(part))
+    del part, payload
+    assert gone() is None
+
+
 def test_an_owner_with_two_tables_of_other_methods_is_free_of_both_afterwards():
     part, guard = Part(), Guard()
     tables = [call_table(((StateKind.WEIGHTS,), method)) for method in ("look", "use")]
@@ -468,7 +514,7 @@ def test_what_stood_at_a_trainer_that_has_changed_is_gone_without_a_collector(no
         for kind in (StateKind.WEIGHTS, StateKind.GRAD_BUFFERS):
             guard.update({kind}, listing(*parts))
             guard.update(frozenset(), listing(*parts))
-        assert number() == before + 2 * (2 + 1)  # of each part, what is blocked for the one and for the other kind
+        assert number() == before + len(parts)  # what stood there last, and nothing else
     guard.close()
     assert number() == before
 

@@ -77,9 +77,11 @@ class Guards(RuleBasedStateMachine):
         again = [GuardedCalls(self.owners[0], TABLES[1])]
         return {0: [*found, *again], 1: [*again, *found]}.get(index, found)
 
-    @rule(index=st.integers(0, 2), away=SOME_KINDS, after=st.none() | st.integers(0, 80), goes_on=st.booleans())
-    def update(self, index, away, after, goes_on):
-        """A move begins or ends; if it is interrupted, the next one is made up for it."""
+    @rule(
+        index=st.integers(0, 2), away=SOME_KINDS, after=st.none() | st.integers(0, 80), then=SOME_KINDS | st.booleans()
+    )
+    def update(self, index, away, after, then):
+        """A move begins or ends; if it is interrupted, the next one is made up for it: on, back, or anything else."""
 
         def work():
             self.guards[index].update(away, lambda: self.calls(index))
@@ -87,7 +89,7 @@ class Guards(RuleBasedStateMachine):
         if after is None:
             work()
         elif interrupted(work, after):
-            away = away if goes_on else self.away[index]
+            away = {True: away, False: self.away[index]}.get(then, then)
             self.guards[index].update(away, lambda: self.calls(index))
         self.away[index] = away
 

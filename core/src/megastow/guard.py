@@ -121,9 +121,11 @@ class Guard:
     def __init__(self) -> None:
         self._gate = _Gate()
         self._hold = _Hold(self._gate)
-        self._blocked: dict[int, _Held] = {}  # by identity of an owner
-        # Where it stood the last time that these kinds were away: mostly it will stand there again.
-        self._formations: dict[Set[StateKind], _Formation] = {}
+        # By identity of an owner: its attributes; what stands among them where methods were, which is replaced and not
+        # changed; and the post, where that is what belongs there.
+        self._blocked: dict[int, tuple[dict[str, Any], Mapping[str, Blocked], _Post | None]] = {}
+        # Where it stood the last time that state went from a trainer which had all: mostly it will stand there again.
+        self._formation = _EMPTY
         self._is_settled = True
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._unhook = weakref.finalize(self, _remove, self._hooks)
@@ -155,31 +157,33 @@ class Guard:
                 self._gate.changed.notify_all()
 
     def _replace(self, away: Set[StateKind], calls: Callable[[], Iterable[GuardedCalls]]) -> None:
-        """Block first, unblock then: at no moment may a call through that must not, whichever thread makes it."""
+        """Block first, unblock then: at no moment may a call through that must not, whichever thread makes it.
+
+        Only a trainer that had all of its state is blocked as it was the last time. While kinds go and come one by one,
+        what stands stays the same object: other guards may need it by now, and others may have taken it.
+        """
         needed = list(calls()) if away else []
         before = list(self._blocked)
         self._is_settled = False
         self._gate.away.update(away)
-        formation = self._formation(needed, frozenset(away))
+        formation = self._formation if self._formation.is_for(needed, away) else _Formation.of(needed, away)
+        if needed and not before:
+            self._formation = formation
         blocked_now: dict[int, _Blocks] = {}  # by identity of the owner
         for (owner, table), post in zip(needed, formation.posts, strict=True):
-            attributes, candidates = vars(owner), post.candidates
-            held, others = self._blocked.get(id(owner)), blocked_now.get(id(owner))
-            is_plain = attributes.keys().isdisjoint(table) if held is None else held.is_part_of(candidates, table)
-            if is_plain and candidates.are_certain and others is None:  # as it mostly is
-                blocks = candidates.certain
-                if blocks:
-                    self._stand_at(post, owner, attributes)
+            attributes = vars(owner)
+            candidates = post.candidates
+            if candidates.are_certain and id(owner) not in self._blocked and attributes.keys().isdisjoint(table):
+                blocks = candidates.certain  # as it mostly is
+                self._stand_at(post, owner, attributes)
             else:
                 blocks = candidates.on(owner)
-                if others is not None:
-                    blocks = _union(blocks, others)
+                if id(owner) in blocked_now:
+                    blocks = _union(blocks, blocked_now[id(owner)])
                 self._block(owner, blocks)
             blocked_now[id(owner)] = blocks
         for owner_id in before:
-            staying = blocked_now.get(owner_id, {})
-            if staying.keys() != self._blocked[owner_id].standing.keys():
-                self._unblock(owner_id, staying)
+            self._unblock(owner_id, blocked_now.get(owner_id, {}))
         self._gate.away.intersection_update(away)
         self._is_settled = True
 
@@ -208,33 +212,22 @@ class Guard:
         with _REPLACING:
             for owner_id in list(self._blocked):
                 self._unblock(owner_id, {})
-        self._formations.clear()
+        self._formation = _EMPTY
         self._gate.away.clear()
         _remove(self._hooks)
 
-    def _formation(self, calls: Sequence[GuardedCalls], away: frozenset[StateKind]) -> _Formation:
-        found = self._formations.get(away)
-        if found is None or not found.is_for(calls, away):
-            found = _Formation.of(calls, away)
-            if calls:
-                self._formations[away] = found
-        return found
-
     def _stand_at(self, post: _Post, owner: object, attributes: dict[str, Any]) -> None:
-        """Block an instance that has nothing of its own, nor of another guard, where its methods are.
-
-        What this guard has put there before asks what is away when it is called, and may be replaced.
-        """
+        """Block an instance that has nothing of its own, nor of another guard, where its methods are."""
         standing = post.standing or post.fill(owner, self._hold)
-        self._blocked[id(owner)] = _Held(attributes, standing, post)
+        self._blocked[id(owner)] = attributes, standing, post
         attributes.update(standing)
 
     def _block(self, owner: object, blocks: _Blocks) -> None:
         """Block any instance, in front of and together with what is there."""
         attributes = vars(owner)
-        held = self._blocked.get(id(owner))
-        standing = {} if held is None else {**held.standing}
-        self._blocked[id(owner)] = _Held(attributes, standing)
+        _, before, _ = self._blocked.get(id(owner), (attributes, {}, None))
+        standing = {**before}
+        self._blocked[id(owner)] = attributes, standing, None
         for method, kinds in blocks.items():
             blocked = attributes.get(method, _MISSING)
             if type(blocked) is not Blocked or blocked.is_of_another(owner):
@@ -248,10 +241,10 @@ class Guard:
 
     def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
         """Take away what blocks methods of an owner, but for some; others that need it keep it."""
-        held, hold = self._blocked[owner_id], self._hold
-        attributes, standing, _ = held
-        if not staying and held.is_as_made():  # as it mostly is
-            for method in standing:
+        attributes, standing, post = self._blocked[owner_id]
+        hold = self._hold
+        if not staying and post is not None and post.standing is standing and _are_there(standing, attributes):
+            for method in standing:  # all of it this guard's alone, as it mostly is
                 del attributes[method]
             del self._blocked[owner_id]
             return
@@ -266,17 +259,18 @@ class Guard:
             else:
                 attributes[method] = blocked.before
         if staying:
-            self._blocked[owner_id] = _Held(attributes, {m: standing[m] for m in standing if m in staying})
+            self._blocked[owner_id] = attributes, {m: standing[m] for m in standing if m in staying}, None
         else:
             del self._blocked[owner_id]
 
 
 class _Post:
-    """Where a guard stands: at one owner of calls, with what it puts up there again and again.
+    """Where a guard stands: one for each of its calls, with what it puts up at the owner again and again.
 
     Attributes:
         candidates: what is to be blocked there.
-        standing: by method, what stands there; nothing if it is yet to be made, or no longer what it was made as.
+        standing: by method, what stands there. Emptied when something of it comes to need anything else
+            (`Blocked.need`): then what still stands has to be looked at one by one, and is made anew the next time.
     """
 
     __slots__ = ("__weakref__", "candidates", "standing")
@@ -295,35 +289,6 @@ class _Post:
         if _weak_reference(owner) is not None:
             self.standing = made
         return made
-
-
-class _Held(NamedTuple):
-    """What a guard blocks at an owner. Replaced, and not changed.
-
-    Attributes:
-        attributes: the owner's.
-        standing: by method, what stands among them where methods were.
-        post: where that is kept; None if it is another guard's as well, or in front of attributes of the owner's own.
-    """
-
-    attributes: dict[str, Any]
-    standing: Mapping[str, Blocked]
-    post: _Post | None = None
-
-    def is_as_made(self) -> bool:
-        """Whether it is at a post of this guard, alone, and nobody has put something else there."""
-        if self.post is None or self.post.standing is not self.standing:
-            return False
-        # By identity: a proxy may be equal to what it was put around.
-        return all(map(operator.is_, map(self.attributes.get, self.standing), self.standing.values()))
-
-    def is_part_of(self, candidates: _Candidates, table: CallTable) -> bool:
-        """Whether it is as made, a part of what is to stand there, and all that the owner has of a table."""
-        return (
-            self.standing.keys() <= candidates.certain.keys()
-            and self.is_as_made()
-            and self.attributes.keys() & table.keys() == self.standing.keys()
-        )
 
 
 class _Formation(NamedTuple):
@@ -373,6 +338,11 @@ def _are_same(these: Sequence[object], those: Sequence[object]) -> bool:
     return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
+def _are_there(standing: Mapping[str, Blocked], attributes: Mapping[str, object]) -> bool:
+    """Whether all of it is where it was put; asked by identity, as a proxy may be equal to what it stands around."""
+    return all(map(operator.is_, map(attributes.get, standing), standing.values()))
+
+
 def _classes(owners: Iterable[object]) -> Sequence[weakref.ref[type]]:
     return [*map(weakref.ref, map(type, owners))]
 
@@ -396,6 +366,8 @@ def _remove(hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
     while hooks:
         hooks.pop().remove()
 
+
+_EMPTY = _Formation((), (), (), (), ())
 
 _REPLACING = process_lock()
 """Held while blocks are put up and taken down: guards of several managers share those of one trainer."""

@@ -209,7 +209,7 @@ class LeavesTheGuardBehind(Guard):
     """
 
     def _unblock(self, owner_id: int, staying: Collection[str]) -> None:
-        standing = self._blocked[owner_id].standing
+        _, standing, _ = self._blocked[owner_id]
         released = {method: standing[method]._owner for method in standing if method not in staying}
         super()._unblock(owner_id, staying)
         if "forward" in released:
