@@ -3,10 +3,12 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
-from megastow.cli import doctor, gpus
+from megastow.cli import bench, doctor, gpus
 from megastow.cli.app import app
 from megastow.cli.console import print_group
 from megastow.cli.doctor import Diagnosis, examine
@@ -208,6 +210,46 @@ def test_everything_is_shown_and_is_json():
     assert as_dict["healthy"] is True
     assert as_dict["devices"][0]["total_bytes"] == 140 * GIB
     assert as_dict["adapters"][1] == {"name": "fitting", "accepts": True, "reasons": []}
+
+
+class Result:
+    """What `megastow bench` has found so far."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def as_dict(self):
+        return {"found": self.found}
+
+
+def test_a_result_of_the_bench_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    file, link = tmp_path / "found.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    bench._write(link, Result(1))
+    bench._write(None, Result(2))
+    write = Path.write_text
+
+    def interrupted(self, text, **options):
+        write(self, text[:5], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench._write(link, Result(3))
+    monkeypatch.setattr(Path, "write_text", write)
+    assert json.loads(file.read_text()) == {"found": 1}
+    bench._write(link, Result(4))
+    assert json.loads(file.read_text()) == {"found": 4}
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "link.json"]
+
+
+def test_a_result_of_the_bench_may_go_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        text = reader.submit((tmp_path / "pipe").read_text)
+        bench._write(tmp_path / "pipe", Result(1))
+        assert json.loads(text.result(30)) == {"found": 1}
 
 
 def test_facts_are_read_from_the_kernel(tmp_path):

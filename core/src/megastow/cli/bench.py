@@ -139,9 +139,17 @@ def _run_rank(settings: Settings) -> int:
 
 
 def _write(file: Path | None, result: BenchResult) -> None:
-    """Writes what was found to the file that was asked for, if one was."""
-    if file is not None:
-        file.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
+    """Writes what was found to the file that was asked for, if one was: all of it, or what was there stays."""
+    if file is None:
+        return
+    text = json.dumps(result.as_dict(), indent=1) + "\n"
+    place = file.resolve()
+    if place.exists() and not place.is_file():  # /dev/stdout, a pipe
+        place.write_text(text, encoding="utf-8")
+        return
+    part = place.with_name(f"{place.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(place)
 
 
 def _arguments(settings: Settings) -> list[str]:
