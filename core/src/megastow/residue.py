@@ -549,8 +549,9 @@ def _tally(subject: Subject, homes: Mapping[int, Home], left: Mapping[int, LeftS
         if segment.is_private and not meant:
             held.add(0)  # the only one
         if held:
-            idle = sum(_page_nbytes(segment, page) for page in held - meant)
-            idle -= sum(_nbytes_within(segment, span, held - meant) for span in spans)
+            left_open = held - meant
+            idle = sum(_page_nbytes(segment, page) for page in left_open)
+            idle -= sum(_nbytes_within(segment, span, left_open) for span in spans)
             nbytes = sum(_page_nbytes(segment, page) for page in held)
             found.append(OpenSegment(nbytes, max(0, idle), segment.is_private, tuple(held_by)))
     return _Tally(tuple(sorted(unseen_sizes, reverse=True)), tuple(found))
