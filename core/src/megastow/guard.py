@@ -121,8 +121,8 @@ class Guard:
     def __init__(self) -> None:
         self._gate = _Gate()
         self._hold = _Hold(self._gate)
-        # By identity of an owner: its attributes; what stands among them where methods were, which is replaced and not
-        # changed; and the post, where that is what belongs there.
+        # By identity of an owner: its attributes; what stands among them where methods were, in a new mapping whenever
+        # that changes; and the post, where it is what belongs there.
         self._blocked: dict[int, tuple[dict[str, Any], Mapping[str, Blocked], _Post | None]] = {}
         # Where it stood the last time that state went from a trainer which had all: mostly it will stand there again.
         self._formation = _EMPTY
