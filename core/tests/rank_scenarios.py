@@ -1,6 +1,7 @@
 """What each rank does in the tests of `test_ranks.py`; run in all processes of `GROUP` at once."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -23,11 +24,13 @@ from megastow import (
     TransferError,
     create_memory_manager,
     create_trainer_memory_manager,
+    engine,
     faults,
     swap,
 )
 from megastow.agreement import GroupAgreement
 from megastow.derived import WeightDeriver
+from megastow.device import CpuDevice
 
 GROUP = None
 SIZES = {"bucket_bytes": 4096, "chunk_bytes": 512}
@@ -312,6 +315,30 @@ def an_interruption_after_all_have_confirmed():
     manager.onload()
     assert_same({n: b for n, b in before.items() if not n.startswith("grad")}, snapshot(trainer.tensors(KEPT)))
     manager.close()
+
+
+def faults_while_the_last_copies_are_on_their_way():
+    """Where memory goes back beside copies, ranks have confirmed a move by then: it ends on all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuDevice, "frees_beside_copies", True)
+        for in_flight_bytes, error in itertools.product((0, 1 << 30), (RuntimeError, KeyboardInterrupt)):
+            patch.setattr(engine, "IN_FLIGHT_BYTES", in_flight_bytes)
+            trainer, manager = make()
+            before, grads = snapshot(trainer.tensors(KEPT)), snapshot(trainer.tensors(["grad_buffers"]))
+            fails = pytest.raises((TransferError, PeerError, KeyboardInterrupt), match="injected")
+            is_early, is_struck = in_flight_bytes == 0, dist.get_rank() == 1
+            fault = others_fault("offload.confirm", lambda e=error: e("injected"), rank=1)
+            with fault, fails if is_early or is_struck else contextlib.nullcontext():
+                manager.offload()
+            resting = Residency.RESIDENT if is_early else Residency.OFFLOADED
+            assert_all(manager, resting)
+            if is_early:
+                assert_same(grads, snapshot(trainer.tensors(["grad_buffers"])))
+            else:
+                assert device_bytes(moved(trainer.tensors())) == 0
+            manager.onload()
+            assert_same(before, snapshot(trainer.tensors(KEPT)))
+            manager.close()
 
 
 def what_cannot_be_started_is_told():

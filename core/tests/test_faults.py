@@ -19,6 +19,7 @@ from megastow import (
     create_memory_manager,
     faults,
 )
+from megastow.device import CpuDevice
 
 BACK = [name for name in faults.POINTS if name.startswith("onload") or name == "disk.read"]
 ON_DISK = [name for name in faults.POINTS if name.startswith("disk")]
@@ -279,11 +280,21 @@ class Small:
         return [dict(vars(self.model)), dict(vars(self.optimizer))]
 
 
-@pytest.mark.parametrize("direction", ["offload", "onload"])
 @pytest.mark.parametrize(
-    ("host_memory", "verify", "stride"), [("pinned", "none", 13), ("disk", "none", 29), ("pinned", "digest", 53)]
+    ("direction", "host_memory", "verify", "stride", "beside_copies"),
+    [
+        *itertools.product(["offload", "onload"], ["pinned"], ["none"], [13], [False]),
+        *itertools.product(["offload", "onload"], ["disk"], ["none"], [29], [False]),
+        *itertools.product(["offload", "onload"], ["pinned"], ["digest"], [53], [False]),
+        ("offload", "pinned", "none", 17, True),
+        ("offload", "pinned", "digest", 57, True),
+    ],
 )
-def test_an_interruption_at_any_line_loses_nothing(direction, host_memory, verify, stride, disk_folder):
+def test_an_interruption_at_any_line_loses_nothing(
+    direction, host_memory, verify, stride, beside_copies, disk_folder, monkeypatch
+):
+    """Also where memory goes back beside copies, and the last way back is earlier."""
+    monkeypatch.setattr(CpuDevice, "frees_beside_copies", beside_copies)
     line, ended = 0, False
     while not ended:
         small = Small()

@@ -43,6 +43,7 @@ def ranks():
         "an_onload_in_the_background_stops_at_the_same_kind",
         "an_undoing_that_fails_on_one_rank",
         "an_interruption_after_all_have_confirmed",
+        "faults_while_the_last_copies_are_on_their_way",
         "what_cannot_be_started_is_told",
         "a_manager_that_cannot_be_made",
         "a_manager_by_classic_arguments",

@@ -17,10 +17,11 @@ have the memory at once. If the move then fails, what was released is refilled; 
 taken the memory meanwhile, the kinds count as offloaded, with entries that were not released among them, and the next
 onload brings back what is missing.
 
-What is not kept (gradient buffers) has no second copy. It is released last, after everything that could fail, a strict
+What is not kept (gradient buffers) has no second copy. It is released after everything that could fail, a strict
 offload's look at what would stay included; once the first byte of it is gone there is no way back, and an interruption
 then ends the move instead of undoing it. So it is with weights that are derived (`derived.py`): they are rebuilt by an
-onload of their own, never by an undoing.
+onload of their own, never by an undoing. Where the driver takes memory back beside copies, that is the moment when all
+copies are queued, and nothing is left that could fail but the device (`docs/adr/0009-the-last-way-back.md`).
 
 Ranks that move together vote before that, and at the end of an onload (`agreement.py`). A move that fails on one is
 undone on all; one that all have confirmed is ended by each, as if the first byte were gone. What they share, or may
@@ -87,8 +88,7 @@ RETURNED_BYTES = 1 << 30
 
 
 Inspection = Callable[[Sequence[torch.UntypedStorage]], None]
-"""Looks at the device when all that is kept has left it; given the storages that are still there, and go without a
-copy when it is content."""
+"""Looks at what would stay on the device; given the storages that are still there, and go when it is content."""
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -625,7 +625,8 @@ class Engine:
         clock, ballot = asked.clock, asked.ballot
         returns = asked.give_back and self._device.frees_beside_copies
         before = returned = self.released_bytes
-        planned = {storage_id(p.storage): p.host for entries in plans.values() for p in entries}
+        leaving = [parked for entries in plans.values() for parked in entries]
+        planned = {storage_id(parked.storage): parked.host for parked in leaving}
         for key, copy in begun.items():
             # In vain: its owner may be gone, and with expandable segments its memory go back to the driver under it,
             # also when another thread finds none and torch gives some back for that.
@@ -634,9 +635,9 @@ class Engine:
                 if copy.digest is not None:
                     copy.digest.computed.wait()
         self._claim(plans)
-        gone = {id(p) for entries in plans.values() for p in entries if p.released}
+        gone = {id(parked) for parked in leaving if parked.released}
         try:
-            for parked in (p for entries in plans.values() for p in entries if p.released):
+            for parked in (p for p in leaving if p.released):
                 parked.storage.resize_(0)
             on_their_way: deque[tuple[Parked, StagedArrival]] = deque()
             in_flight = 0
@@ -646,12 +647,17 @@ class Engine:
                 oldest, arrival = on_their_way.popleft()
                 self._release(oldest, arrival, clock)
                 in_flight -= oldest.nbytes
-                if returns and self.released_bytes - returned > RETURNED_BYTES:
+                if returns and self.released_bytes - returned > min(RETURNED_BYTES, in_flight):
                     self._device.release_cached()
                     returned = self.released_bytes
 
+            def arrive() -> None:
+                while on_their_way:
+                    release_oldest()
+                self._confirm_copies(leaving)  # the clocks stop behind the last one
+
             with self._device.copying(Direction.OUT):
-                for parked in (p for entries in plans.values() for p in entries):
+                for parked in leaving:
                     if parked.host is None or parked.released:
                         continue
                     early = begun.get(storage_id(parked.storage))
@@ -664,24 +670,28 @@ class Engine:
                     in_flight += parked.nbytes
                     while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
                         release_oldest()
-                while on_their_way:
-                    release_oldest()
-            self._transport.confirm()  # the clocks stop behind the last copy
-            self._digester.read(p.digest for entries in plans.values() for p in entries if p.digest is not None)
-            different = self._replicas.compare(self._may_share(asked.kinds), ballot)
+            shared = self._may_share(asked.kinds)
+            is_up_to_the_device = returns and not shared and self._transport.is_up_to_the_device
+            if not is_up_to_the_device:
+                arrive()
+            different = self._replicas.compare(shared, ballot)
             if different:
                 self._keep_whole(different, clock)
             if asked.inspect is not None:
-                asked.inspect([p.storage for entries in plans.values() for p in entries if p.leaves_last])
+                asked.inspect([parked.storage for parked in leaving if not parked.released])
             faults.point("offload.drop")
             ballot.confirm()
-            self._drop(plans, clock)
+            self._drop((parked for parked in leaving if parked.leaves_last), clock)
+            if is_up_to_the_device:
+                arrive()
         except BaseException as error:
             self._transport.settle()  # ahead of a wait in which a user loses patience
             is_confirmed = not ballot.withdraw(error)
-            dropped = (p for entries in plans.values() for p in entries if p.leaves_last and id(p) not in gone)
-            if is_confirmed or any(p.released for p in dropped):
-                self._drop(plans, KindClock())  # half dropped would be neither the old gradients nor zeros
+            if is_confirmed or any(p.released for p in leaving if p.leaves_last and id(p) not in gone):
+                # Half dropped would be neither the old gradients nor zeros.
+                self._drop((parked for parked in leaving if parked.leaves_last), KindClock())
+                self._confirm_copies(leaving)  # if one has failed, all that is not dropped by now stays as it is
+                self._drop(leaving, KindClock())
                 raise
             # What is shared and was away before the call stays away: it takes all ranks to bring it back.
             undone = {k: entries for k, entries in plans.items() if not any(p.share and p.released for p in entries)}
@@ -774,12 +784,16 @@ class Engine:
                     self._transport.copy_out(parked.storage, parked.host)
         self._transport.confirm()
 
-    def _drop(self, plans: Mapping[StateKind, list[Parked]], clock: KindClock) -> None:
-        """Release what had to wait for all ranks, and what was not kept. Doing it again is fine."""
-        for kind, entries in plans.items():
-            with clock.running(kind):
-                for parked in entries:
-                    if parked.leaves_last and not (parked.released and parked.storage.nbytes() == 0):
-                        parked.released = True
-                        parked.storage.resize_(0)
-                        self.released_bytes += parked.nbytes
+    def _confirm_copies(self, leaving: Iterable[Parked]) -> None:
+        """Wait until all copies have arrived, and read their digests; errors of either surface here."""
+        self._transport.confirm()
+        self._digester.read(parked.digest for parked in leaving if parked.digest is not None)
+
+    def _drop(self, leaving: Iterable[Parked], clock: KindClock) -> None:
+        """Release what is past the last way back. Doing it again is fine."""
+        for parked in leaving:
+            with clock.running(parked.kind):
+                if not (parked.released and parked.storage.nbytes() == 0):
+                    parked.released = True
+                    parked.storage.resize_(0)
+                    self.released_bytes += parked.nbytes

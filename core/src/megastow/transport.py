@@ -166,6 +166,11 @@ class Transport:
         """The moment when what is queued by now has arrived; call within `device.copying()`."""
         return StagedArrival(self._device.arrival(), self._staging.queued())
 
+    @property
+    def is_up_to_the_device(self) -> bool:
+        """Whether every copy that is queued arrives unless the device fails: threads have nothing left to do."""
+        return not self._staging.queued()
+
     def confirm(self) -> None:
         """Wait until every copy has arrived; errors surface here."""
         for future in self._staging.queued():
