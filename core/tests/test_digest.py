@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megastow.device import Direction, device_for
 from megastow.digest import digest
 
 PAGE = 4096
@@ -232,7 +233,30 @@ def test_it_is_the_function_that_the_note_describes():
     assert of(data) % 2**64 == total % 2**64
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_a_gpu
+def test_results_come_to_the_host_ahead_of_copies_that_were_queued_before():
+    device = device_for(torch.device("cuda", 0))
+    source = torch.zeros(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty(source.shape, dtype=torch.uint8, pin_memory=True)
+    values = [torch.tensor(value, device="cuda") for value in (3, -1, 1 << 62)]
+    torch.cuda.synchronize()
+    with device.copying(Direction.OUT):
+        target.copy_(source, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+    found = device.fetch(values)
+    assert not copied.query()
+    assert found == [3, -1, 1 << 62]
+    held = torch.cuda.memory_allocated()
+    assert device.fetch(values * 500) == found * 500
+    assert torch.cuda.memory_allocated() == held
+    copied.synchronize()
+
+
+@needs_a_gpu
 @pytest.mark.parametrize("nbytes", [1, 13, 4096, 100_003, (64 << 20) + 5])
 def test_it_is_the_same_on_a_gpu(nbytes):
     data = random_bytes(nbytes)

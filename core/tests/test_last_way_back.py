@@ -12,9 +12,11 @@ from test_faults import Small, interrupt
 from megastow import Residency, create_memory_manager, engine, faults
 from megastow.agreement import Ballot
 from megastow.device import CpuDevice
+from megastow.digest import Digester
 from megastow.engine import Engine
 from megastow.errors import HostMemoryError, ResidueError, TransferError
 from megastow.replicas import Replicas
+from megastow.transport import Transport
 
 SIZES = {"bucket_bytes": 256, "chunk_bytes": 64}
 
@@ -34,31 +36,25 @@ def trainer():
 
 
 class LateArrivals:
-    """Arrivals of a rig that come to pass only when they are waited for; counts from the first one asked for.
+    """Arrivals of a rig that come to pass only when they are waited for.
 
     Attributes:
         sizes: bytes on the device at each wait.
-        broken: numbers of those that fail, as the device does from then on.
+        broken: numbers of the waits that fail, as the device does from then on.
     """
 
     def __init__(self, rig, broken=()):
-        self._rig = rig
         self.sizes = []
         self.broken = broken
-        self._numbers = itertools.count()
-        rig.device.arrival = self._arrival
-        rig.device.confirm = self._confirm
-
-    def _arrival(self):
-        number = next(self._numbers)
 
         class Late:
             def wait(_self):
-                self.sizes.append(device_bytes(self._rig.all))
-                if number in self.broken:
+                self.sizes.append(device_bytes(rig.all))
+                if len(self.sizes) - 1 in self.broken:
                     raise RuntimeError("unspecified launch failure")
 
-        return Late()
+        rig.device.arrival = Late
+        rig.device.confirm = self._confirm
 
     def _confirm(self):
         if self.broken:
@@ -179,8 +175,7 @@ def test_what_has_not_arrived_when_the_device_fails_stays_there():
     """The host copy of it may be anything; what has arrived before is safe."""
     rig = Rig(bucket_bytes=1, weights=[torch.randn(8) for _ in range(3)], grad_buffers=[torch.randn(50)])
     kept = snapshot(dict(enumerate(rig.tensors[W])))
-    moments = itertools.count(1, 2)  # behind each copy; the others are ahead of one
-    late = LateArrivals(rig, broken={list(itertools.islice(moments, 3))[1]})
+    late = LateArrivals(rig, broken={1})
     with pytest.raises(TransferError, match="unspecified launch failure"):
         rig.offload(W, G)
     sizes = [tensor.untyped_storage().nbytes() for tensor in (*rig.tensors[W], *rig.tensors[G])]
@@ -199,7 +194,7 @@ def test_what_has_not_arrived_when_the_device_fails_stays_there():
 def test_gradients_are_never_half_dropped(monkeypatch):
     """Not by an interruption between two of them either, if the device then fails."""
     rig = Rig(bucket_bytes=1, weights=[torch.randn(8)], grad_buffers=[torch.randn(50) for _ in range(3)])
-    late, drop = LateArrivals(rig, broken={1}), Engine._drop
+    late, drop = LateArrivals(rig, broken={0}), Engine._drop
 
     def cut_short(self, leaving, clock):
         monkeypatch.undo()
@@ -211,6 +206,84 @@ def test_gradients_are_never_half_dropped(monkeypatch):
         rig.offload(W, G)
     assert [tensor.untyped_storage().nbytes() for tensor in (*rig.tensors[W], *rig.tensors[G])] == [32, 0, 0, 0]
     assert not late.sizes
+
+
+def test_a_second_interruption_does_not_leave_them_half_dropped_either(monkeypatch):
+    rig = Rig(bucket_bytes=1, weights=[torch.randn(8)], grad_buffers=[torch.randn(50) for _ in range(3)])
+    drop, waited = Engine._drop, []
+
+    def cut_short(self, leaving, clock):
+        monkeypatch.undo()
+        drop(self, itertools.islice(leaving, 1), clock)
+        raise KeyboardInterrupt
+
+    def impatient():
+        waited.append(1)
+        if len(waited) == 2:  # the first is ahead of the move
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "_drop", cut_short)
+    rig.device.confirm = impatient
+    with pytest.raises(KeyboardInterrupt):
+        rig.offload(W, G)
+    assert len(waited) >= 2
+    assert device_bytes({str(i): tensor for i, tensor in enumerate(rig.tensors[G])}) == 0
+
+
+def test_what_was_dropped_by_an_earlier_call_does_not_end_this_one():
+    """Left half away by a device that failed; nothing of what this call has not copied may go."""
+    rig = Rig(bucket_bytes=1, weights=[torch.randn(8) for _ in range(3)], grad_buffers=[torch.randn(50)])
+    before = snapshot(dict(enumerate(rig.tensors[W])))
+    late = LateArrivals(rig, broken={1})
+    with pytest.raises(TransferError, match="unspecified launch failure"):
+        rig.offload(W, G)
+    assert rig.engine.is_half_away(W)
+    late.broken = ()
+    with faults.inject("offload.chunk", lambda: RuntimeError("injected")), pytest.raises(TransferError):
+        rig.offload(W, G)
+    assert_same(before, snapshot(dict(enumerate(rig.tensors[W]))))
+
+
+def test_a_move_that_is_ended_gives_memory_back_as_any_other(monkeypatch):
+    rig = Rig(bucket_bytes=1, weights=[torch.randn(8) for _ in range(3)], grad_buffers=[torch.randn(50)])
+    left = []
+    rig.device.release_cached = lambda: left.append(device_bytes(rig.all))
+    with faults.inject("offload.confirm", lambda: KeyboardInterrupt("injected")), pytest.raises(KeyboardInterrupt):
+        rig.offload(W, G)
+    assert left == [0]
+
+
+def test_digests_wait_for_no_copy_and_are_no_residue_when_somebody_looks(monkeypatch):
+    rig = Rig(bucket_bytes=1, digests=True, weights=[torch.randn(8) for _ in range(3)], grad_buffers=[torch.randn(50)])
+    copies, copies_before, waiting = [], {}, []
+    arrival, beside, copy_out, begin = rig.device.arrival, rig.device.beside, Transport.copy_out, Digester.begin
+
+    def noted():
+        made = arrival()
+        copies_before[id(made)] = made, len(copies)  # held, so that the number stays its own
+        return made
+
+    def behind(after=None):
+        waiting.append(copies_before[id(after)][1])
+        return beside(after)
+
+    def begun(self, *arguments):
+        digests.append(begin(self, *arguments))
+        return digests[-1]
+
+    digests = []
+    rig.device.arrival, rig.device.beside = noted, behind
+    monkeypatch.setattr(Transport, "copy_out", lambda *arguments: copies.append(1) or copy_out(*arguments))
+    monkeypatch.setattr(Digester, "begin", begun)
+    looks = []
+
+    def inspect(_storages):
+        looks.append([digest.on_device is None for digest in digests])
+
+    rig.engine.offload(rig.inventory, [W, G], keep_grads=False, inspect=inspect)
+    assert waiting == [0, 0, 0]
+    assert looks == [[True] * 3]
+    assert len(copies) == 3
 
 
 @pytest.fixture

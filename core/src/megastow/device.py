@@ -142,7 +142,7 @@ class Device(ABC):
 
     @abstractmethod
     def arrival(self) -> Arrival:
-        """The moment when what is queued by now on the current stream is done; call within `copying` or `as_here`."""
+        """The moment when what is queued by now on the current stream is done."""
 
     @abstractmethod
     def beside(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
@@ -194,7 +194,7 @@ class Device(ABC):
     def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
         """Bring int64 tensors without dimensions, which have been computed by now, to the host.
 
-        Waits for no work on any other stream.
+        Waits for no other work, copies in flight included.
         """
 
     @abstractmethod
@@ -481,11 +481,18 @@ class CudaDevice(Device):
     def fetch(self, values: Sequence[torch.Tensor]) -> list[int]:
         if not values:
             return []
+        # Written by a kernel, into host memory that the device sees at the same address: a copy, however small, goes
+        # through the engine of its direction, behind all copies that are queued there on whatever stream.
+        found = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(self._fetching):
-            try:
-                return [int(value) for value in torch.stack(list(values)).tolist()]
-            except torch.cuda.OutOfMemoryError:  # another tenant has taken the last block meanwhile
-                return [int(value) for value in values]
+            torch.stack(list(values), out=self._as_on_device(found))
+            self.arrival().wait()
+        return [int(value) for value in found.tolist()]
+
+    def _as_on_device(self, pinned: torch.Tensor) -> torch.Tensor:
+        """A page-locked tensor of shape [n], for kernels of the device; valid while the other lives."""
+        storage = torch._C._construct_storage_from_data_pointer(pinned.data_ptr(), self.torch_device, pinned.nbytes)
+        return torch.empty(0, dtype=pinned.dtype, device=self.torch_device).set_(storage, 0, pinned.shape, (1,))
 
     def confirm(self) -> None:
         errors = []

@@ -111,13 +111,13 @@ class Digester:
         self._device = device
 
     def begin(self, storage: torch.UntypedStorage, after: Arrival | None = None) -> Digest:
-        """Queue the digest of what the storage holds behind the copies queued so far; call within `device.copying()`.
+        """Queue the digest of what the storage holds, beside copies; call within `device.copying()`.
 
         Keeps 8 bytes on the device (512 in torch's allocator) until it is read.
 
         Args:
             storage: what to read.
-            after: begin at this moment already, an `arrival` of before.
+            after: the moment at which it may begin; when the copies queued so far have arrived if there is none.
         """
         with self._device.beside(after):
             return self.begin_here(storage)

@@ -504,10 +504,11 @@ class Engine:
             ]
             self._claimed = {storage_id(parked.storage) for parked in reading}
         begun: dict[int, Begun] = {}
+        start = self._device.arrival()
         with self._device.copying(Direction.OUT):
             for parked in reading:
                 assert parked.host is not None
-                arrival = self._copy_out(parked, clock)
+                arrival = self._copy_out(parked, clock, start)
                 begun[storage_id(parked.storage)] = Begun(parked.host, arrival, parked.digest)
         return begun
 
@@ -654,8 +655,9 @@ class Engine:
             def arrive() -> None:
                 while on_their_way:
                     release_oldest()
-                self._confirm_copies(leaving)  # the clocks stop behind the last one
+                self._transport.confirm()  # the clocks stop behind the last copy
 
+            start = self._device.arrival()
             with self._device.copying(Direction.OUT):
                 for parked in leaving:
                     if parked.host is None or parked.released:
@@ -663,10 +665,10 @@ class Engine:
                     early = begun.get(storage_id(parked.storage))
                     if early is not None and early.host == parked.host:
                         parked.digest = early.digest
-                        self._begin_digest(parked)
+                        self._begin_digest(parked, start)
                         on_their_way.append((parked, early.arrival))
                     else:
-                        on_their_way.append((parked, self._copy_out(parked, clock)))
+                        on_their_way.append((parked, self._copy_out(parked, clock, start)))
                     in_flight += parked.nbytes
                     while in_flight > IN_FLIGHT_BYTES and len(on_their_way) > 1:
                         release_oldest()
@@ -674,6 +676,7 @@ class Engine:
             is_up_to_the_device = returns and not shared and self._transport.is_up_to_the_device
             if not is_up_to_the_device:
                 arrive()
+            self._digester.read(parked.digest for parked in leaving if parked.digest is not None)
             different = self._replicas.compare(shared, ballot)
             if different:
                 self._keep_whole(different, clock)
@@ -685,13 +688,16 @@ class Engine:
             if is_up_to_the_device:
                 arrive()
         except BaseException as error:
+            is_past_it = any(p.released for p in leaving if p.leaves_last and id(p) not in gone)
+            if is_past_it:  # half dropped would be neither the old gradients nor zeros
+                self._drop((parked for parked in leaving if parked.leaves_last), KindClock())
             self._transport.settle()  # ahead of a wait in which a user loses patience
             is_confirmed = not ballot.withdraw(error)
-            if is_confirmed or any(p.released for p in leaving if p.leaves_last and id(p) not in gone):
-                # Half dropped would be neither the old gradients nor zeros.
-                self._drop((parked for parked in leaving if parked.leaves_last), KindClock())
-                self._confirm_copies(leaving)  # if one has failed, all that is not dropped by now stays as it is
+            if is_past_it or is_confirmed:  # all copies have been queued
+                self._transport.confirm()  # if one has failed, what has not been released stays as it is
                 self._drop(leaving, KindClock())
+                if asked.give_back:
+                    self._device.release_cached()
                 raise
             # What is shared and was away before the call stays away: it takes all ranks to bring it back.
             undone = {k: entries for k, entries in plans.items() if not any(p.share and p.released for p in entries)}
@@ -726,19 +732,27 @@ class Engine:
                     taken.update(storage_id(parked.storage) for parked in entries)
         return taken
 
-    def _copy_out(self, parked: Parked, clock: KindClock) -> StagedArrival:
-        """Queue the copy of a storage; what to wait for."""
+    def _copy_out(self, parked: Parked, clock: KindClock, start: Arrival) -> StagedArrival:
+        """Queue the copy of a storage, and its digest; what to wait for.
+
+        Args:
+            parked: the storage.
+            clock: what it takes.
+            start: a moment from which on nothing writes to it.
+        """
         assert parked.host is not None
         with clock.copying(parked.kind, self._device):
-            before = self._device.arrival()
             self._transport.copy_out(parked.storage, parked.host)
-            self._begin_digest(parked, before)  # after the copy, so that the link does not wait for Python
+            self._begin_digest(parked, start)  # after the copy, so that the link does not wait for Python
             return self._transport.arrival()
 
-    def _begin_digest(self, parked: Parked, after: Arrival | None = None) -> None:
-        """Queue the digest of a storage that is about to leave, if one is needed and not under way yet."""
+    def _begin_digest(self, parked: Parked, start: Arrival) -> None:
+        """Queue the digest of a storage that is about to leave, if one is needed and not under way yet.
+
+        It waits for no copy: with `CUDA_DEVICE_MAX_CONNECTIONS=1`, all later kernels of the process would wait with it.
+        """
         if parked.digest is None and (self._makes_digests or parked.peers):
-            parked.digest = self._digester.begin(parked.storage, after)
+            parked.digest = self._digester.begin(parked.storage, start)
 
     def _release(self, parked: Parked, arrival: StagedArrival, clock: KindClock) -> None:
         """Give up the device side of a storage when its copy has arrived."""
@@ -783,11 +797,6 @@ class Engine:
                     offset += align_up(size, self._arena.unit_bytes)
                     self._transport.copy_out(parked.storage, parked.host)
         self._transport.confirm()
-
-    def _confirm_copies(self, leaving: Iterable[Parked]) -> None:
-        """Wait until all copies have arrived, and read their digests; errors of either surface here."""
-        self._transport.confirm()
-        self._digester.read(parked.digest for parked in leaving if parked.digest is not None)
 
     def _drop(self, leaving: Iterable[Parked], clock: KindClock) -> None:
         """Release what is past the last way back. Doing it again is fine."""

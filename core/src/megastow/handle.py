@@ -62,7 +62,8 @@ class TransferHandle:
             The report; its seconds run from the call to the end of the move.
 
         Raises:
-            MegastowError: what the move failed with; it was undone, and can be made again.
+            MegastowError: what the move failed with; it was undone, and can be made again. See `offload` for what ends
+                a move instead.
             TransferError: also to a finalizer that happens to run in a thread of a move.
             TimeoutError: the move is still under way, and goes on.
             ForkedProcessError: this is a fork of the process that moves; it will not learn the end.

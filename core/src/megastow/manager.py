@@ -350,6 +350,8 @@ class MemoryManager:
             AgreementError: with `group`, ranks made different calls; nothing was moved.
             ResidueError: strict, and too much would stay; everything is on the device as it was, gradients included.
             TransferError: the move failed, here or on another rank (`PeerError`), was undone, and can be made again.
+                What comes when gradients have been dropped already, or all ranks have confirmed the move, ends it
+                instead (a failure of the device, a signal's handler that raises): `residency` tells.
             ManagerClosedError, ForkedProcessError: the manager is closed, or another process's.
             InvalidTypeError, InvalidArgumentError: no such kind, or an argument is not what it should be.
         """
