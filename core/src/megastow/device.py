@@ -482,12 +482,13 @@ class CudaDevice(Device):
         if not values:
             return []
         # Written by a kernel, into host memory that the device sees at the same address: a copy, however small, goes
-        # through the engine of its direction, behind all copies that are queued there on whatever stream.
-        found = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        # through the engine of its direction, behind all copies that are queued there on whatever stream. Stacking one
+        # tensor is a copy, too (`cat_out_cuda` in ATen/native/cuda/Shape.cu of torch 2.11), so there are always two.
+        found = torch.empty(1 + len(values), dtype=torch.int64, pin_memory=True)
         with torch.cuda.stream(self._fetching):
-            torch.stack(list(values), out=self._as_on_device(found))
+            torch.stack([values[0], *values], out=self._as_on_device(found))
             self.arrival().wait()
-        return [int(value) for value in found.tolist()]
+        return [int(value) for value in found[1:].tolist()]
 
     def _as_on_device(self, pinned: torch.Tensor) -> torch.Tensor:
         """A page-locked tensor of shape [n], for kernels of the device; valid while the other lives."""
