@@ -40,6 +40,7 @@ def main() -> int:
         say(f"plain copies {name}: {seconds * 1e3:.1f} ms, {total / seconds:.2f} GB/s")
     costs.free_beside_a_copy()
     costs.take_beside_a_copy()
+    costs.result_beside_copies()
     for interleaved in (False, True):
         for pause in (0.0, PAUSE_SECONDS):
             costs.onload(back, interleaved=interleaved, pause=pause)
@@ -130,6 +131,34 @@ class Costs:
             seconds.append(f"{(time.perf_counter() - start) * 1e3:.2f}")
         say(f"taking blocks during a copy: {', '.join(seconds)} ms")
         torch.cuda.synchronize()  # with expandable segments, memory would go back to the driver under the copies
+        del blocks, block
+        settle()
+
+    def result_beside_copies(self) -> None:
+        """A few numbers come to the host while half of the blocks are being copied there: by a copy, by a kernel."""
+        blocks = take()[: BLOCKS // 2]
+        torch.cuda.empty_cache()
+        numbers = torch.arange(8, device="cuda")
+        pinned = torch.empty(8, dtype=torch.int64, pin_memory=True)
+        storage = torch._C._construct_storage_from_data_pointer(pinned.data_ptr(), numbers.device, pinned.nbytes)
+        seen_by_device = torch.empty(0, dtype=torch.int64, device="cuda").set_(storage, 0, (8,), (1,))
+        ways: dict[str, Callable[[], object]] = {
+            "a copy": numbers.tolist,
+            "a kernel": lambda: torch.add(numbers, 1, out=seen_by_device),
+        }
+        for fetch in ways.values():
+            fetch()  # loads the kernel
+        for name, fetch in ways.items():
+            torch.cuda.synchronize()
+            for number, block in enumerate(blocks):
+                self.out(block, number)
+            start = time.perf_counter()
+            fetch()
+            torch.cuda.current_stream().synchronize()
+            taken = time.perf_counter() - start
+            torch.cuda.synchronize()
+            rest = time.perf_counter() - start - taken
+            say(f"a result during copies, by {name}: {taken * 1e3:.2f} ms; the copies went on {rest * 1e3:.2f} ms")
         del blocks, block
         settle()
 
