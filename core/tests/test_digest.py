@@ -249,7 +249,8 @@ def test_results_come_to_the_host_ahead_of_copies_that_were_queued_before(expect
         target.copy_(source, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-    found = device.fetch(values)
+    with torch.device("cuda"):
+        found = device.fetch(values)
     assert not copied.query()
     assert found == expected
     held = torch.cuda.memory_allocated()

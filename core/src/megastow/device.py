@@ -142,7 +142,7 @@ class Device(ABC):
 
     @abstractmethod
     def arrival(self) -> Arrival:
-        """The moment when what is queued by now on the current stream is done."""
+        """The moment when what is queued by now on the current stream of this device is done."""
 
     @abstractmethod
     def beside(self, after: Arrival | None = None) -> contextlib.AbstractContextManager[object]:
@@ -346,9 +346,9 @@ class _EventStopwatch(Stopwatch):
 
 
 class _EventArrival(Arrival):
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
         self.event = torch.cuda.Event()
-        self.event.record()
+        self.event.record(stream)
 
     def wait(self) -> None:
         self.event.synchronize()
@@ -367,6 +367,7 @@ class CudaDevice(Device):
         super().__init__(device)
         self._streams = {direction: torch.cuda.Stream(device) for direction in Direction}
         self._beside, self._gathering, self._filling, self._fetching = (torch.cuda.Stream(device) for _ in range(4))
+        self._fetched = _page_locked(_FEW_RESULTS)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
@@ -440,7 +441,7 @@ class CudaDevice(Device):
             yield
 
     def arrival(self) -> Arrival:
-        return _EventArrival()
+        return _EventArrival(torch.cuda.current_stream(self.torch_device))  # another device may be the current one
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
@@ -484,10 +485,15 @@ class CudaDevice(Device):
         # Written by a kernel, into host memory that the device sees at the same address: a copy, however small, goes
         # through the engine of its direction, behind all copies that are queued there on whatever stream. Stacking one
         # tensor is a copy, too (`cat_out_cuda` in ATen/native/cuda/Shape.cu of torch 2.11), so there are always two.
-        found = torch.empty(1 + len(values), dtype=torch.int64, pin_memory=True)
-        with torch.cuda.stream(self._fetching):
-            torch.stack([values[0], *values], out=self._as_on_device(found))
-            self.arrival().wait()
+        inputs = [values[0], *values]
+        if len(inputs) > len(self._fetched):
+            self._fetched = _page_locked(2 * len(inputs))
+        found = self._fetched[: len(inputs)]
+        try:
+            with torch.cuda.stream(self._fetching):
+                torch.stack(inputs, out=self._as_on_device(found))
+        finally:  # an interruption, too, waits for the kernel: what it reads and writes may be gone after this call
+            self._fetching.synchronize()
         return [int(value) for value in found[1:].tolist()]
 
     def _as_on_device(self, pinned: torch.Tensor) -> torch.Tensor:
@@ -497,7 +503,7 @@ class CudaDevice(Device):
 
     def confirm(self) -> None:
         errors = []
-        for stream in (*self._streams.values(), self._beside, self._gathering, self._filling):
+        for stream in (*self._streams.values(), self._beside, self._gathering, self._filling, self._fetching):
             try:
                 stream.synchronize()
             except RuntimeError as error:
@@ -551,6 +557,15 @@ class CudaDevice(Device):
             return None
         domain, bus, slot = parts
         return machine.pci_numa_node(f"{domain:04x}:{bus:02x}:{slot:02x}.0")
+
+
+_FEW_RESULTS = 1 << 10
+"""How many results a device has host memory for from the start; it takes more when it needs that."""
+
+
+def _page_locked(length: int) -> torch.Tensor:
+    """int64 of shape [length], whatever torch's default device is."""
+    return torch.empty(length, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _handed_out(segment: dict[str, Any]) -> Iterator[Block]:

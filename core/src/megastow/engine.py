@@ -635,8 +635,8 @@ class Engine:
                 copy.arrival.wait()
                 if copy.digest is not None:
                     copy.digest.computed.wait()
-        self._claim(plans)
         gone = {id(parked) for parked in leaving if parked.released}
+        self._claim(plans)
         try:
             for parked in (p for p in leaving if p.released):
                 parked.storage.resize_(0)
