@@ -110,14 +110,14 @@ class Digester:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def begin(self, storage: torch.UntypedStorage, after: Arrival | None = None) -> Digest:
+    def begin(self, storage: torch.UntypedStorage, after: Arrival) -> Digest:
         """Queue the digest of what the storage holds, beside copies; call within `device.copying()`.
 
         Keeps 8 bytes on the device (512 in torch's allocator) until it is read.
 
         Args:
             storage: what to read.
-            after: the moment at which it may begin; when the copies queued so far have arrived if there is none.
+            after: the moment at which it may begin.
         """
         with self._device.beside(after):
             return self.begin_here(storage)
