@@ -33,8 +33,8 @@ from megastow.store import StoreLine
 begun, tell = os.pipe()
 
 def work(_):
-    os.write(tell, b"!")
     now = before = time.monotonic()
+    os.write(tell, b"!")  # who reads it may stop us at once
     while now - before < 2.5:  # until this process was stopped in between
         before, now = now, time.monotonic()
     return "answered"
