@@ -221,7 +221,7 @@ def host(case: Case) -> None:
         assert held == first, f"cycle {number} holds {held} host bytes, not {first}"
     more = _count_by_shape(oracle.live_tensors()) - tensors
     assert not more, f"there are {more.total()} more tensors after ten cycles: {dict(more.most_common(5))}"
-    grown = oracle.live_bytes(case.device) - device  # it may shrink: gloo lets go of what it has sent some time later
+    grown = oracle.live_bytes(case.device) - device  # it may shrink: a scalar of a step was seen to go
     assert grown <= 0, f"device memory grew by {grown} bytes over ten cycles"
     manager.close()
     assert manager.host_bytes == 0, "close kept host memory"
