@@ -755,19 +755,15 @@ class Engine:
             parked.digest = self._digester.begin(parked.storage, start)
 
     def _release(self, parked: Parked, arrival: StagedArrival, clock: KindClock) -> None:
-        """Give up the device side of a storage when its copy has arrived."""
+        """Wait for the copy of a storage, and give up the device side, unless that has to wait for more."""
         faults.point("offload.confirm")
         arrival.wait()
         clock.add(parked.kind, arrival.host_seconds)
         if parked.digest is not None:
             parked.digest.computed.wait()
-        if parked.leaves_last:
-            return
-        with clock.running(parked.kind):
+        if not parked.leaves_last:
             faults.point("offload.release")
-            parked.released = True
-            parked.storage.resize_(0)
-            self.released_bytes += parked.nbytes
+            self._give_up(parked, clock)
 
     def _keep_whole(self, different: Collection[Parked], clock: KindClock) -> None:
         """Copy what ranks cannot share after all, and what has its place on the host beside it; nothing was released.
@@ -801,8 +797,12 @@ class Engine:
     def _drop(self, leaving: Iterable[Parked], clock: KindClock) -> None:
         """Release what is past the last way back. Doing it again is fine."""
         for parked in leaving:
-            with clock.running(parked.kind):
-                if not (parked.released and parked.storage.nbytes() == 0):
-                    parked.released = True
-                    parked.storage.resize_(0)
-                    self.released_bytes += parked.nbytes
+            if not (parked.released and parked.storage.nbytes() == 0):
+                self._give_up(parked, clock)
+
+    def _give_up(self, parked: Parked, clock: KindClock) -> None:
+        """Give up the device side of a storage: from here on its host copy is the truth, if it has one."""
+        with clock.running(parked.kind):
+            parked.released = True
+            parked.storage.resize_(0)
+            self.released_bytes += parked.nbytes
